@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+# Triton decides when it is imported: with no GPU its kernels are tested in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Here, because pytest asks only the outermost files for it when tests run in several processes.
-from tests.conformance.summary import pytest_terminal_summary  # noqa: F401 (a hook)
+from tests.conformance.summary import (
+    pytest_terminal_summary,  # noqa: F401 (a hook)
+)
 
 
 def _poisoned(allocate):

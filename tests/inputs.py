@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
+import pytest
 import torch
 
-from modelopt_sparse.kernels.api import attention_varlen
+from modelopt_sparse.kernels.api import attention_triton, attention_varlen
 from modelopt_sparse.kernels.types import AttentionOutput, Plan, ScoreGrid, Seqs
 from tests.oracle import LOG2E, OracleOutput, as_array, oracle
 
 EXACT_SCALE = math.log(2)  # times log2(e) it is exactly 1, so integer inputs have integer scores
+
+needs_interpreter = pytest.mark.skipif(
+    find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton's interpreter: TRITON_INTERPRET=1",
+)
 
 
 @dataclass
@@ -123,9 +131,11 @@ class Tolerance:
     value: float
     out_unit: float
     lse_unit: float
+    product: float = 0.0
 
     @classmethod
-    def of(cls, inputs: Inputs, scale=None, bias=None) -> Tolerance:
+    def of(cls, inputs: Inputs, scale=None, bias=None, rounds_weights=False) -> Tolerance:
+        """`rounds_weights`: weights are rounded to the dtype of the values before the product."""
         q, k, v = (np.nan_to_num(as_array(t)) for t in (inputs.q, inputs.k, inputs.v))
         dtype = inputs.q.dtype
         unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
@@ -143,6 +153,8 @@ class Tolerance:
             np.abs(v).max(initial=0),
             torch.finfo(dtype).eps / 2,
             unit if dtype == torch.float64 else 2.0**-24,
+            # Small weights are rounded to a multiple of the dtype's least number.
+            (torch.finfo(dtype).eps + n_k * 2.0**-24 * (dtype == torch.float16)) * rounds_weights,
         )
 
     @property
@@ -191,44 +203,53 @@ def assert_kept(actual, wanted: list) -> None:
 
 
 def assert_matches(actual: AttentionOutput, wanted: OracleOutput, bound: Tolerance) -> None:
-    """out, lse, dropped mass, kept tiles and counts are the oracle's."""
+    """out, lse, dropped mass, its bound, kept tiles and counts are the oracle's."""
     assert_counts(actual.prefill, wanted.prefill, "prefill")
     assert_counts(actual.decode, wanted.decode, "decode")
     assert_kept(actual.kept, wanted.kept)
     out = as_array(actual.out)
-    out_bound = bound.value * 2 * bound.weight + bound.out_unit * np.abs(wanted.out)
+    out_bound = bound.value * (2 * bound.weight + bound.product)
+    out_bound = out_bound + bound.out_unit * np.abs(wanted.out)
     assert_close(out, wanted.out, out_bound, "out")
     lse_bound = 2 * bound.weight * LOG2E + bound.lse_unit * np.abs(wanted.lse)
     lse_bound = np.where(np.isfinite(lse_bound), lse_bound, 0)
     assert_close(as_array(actual.lse), wanted.lse, lse_bound, "lse")
     if actual.dropped_mass is not None:
         assert_close(as_array(actual.dropped_mass), wanted.dropped, 4 * bound.weight, "dropped")
+    assert (actual.dropped_mass is None) == (actual.dropped_mass_bound is None)
+    if actual.dropped_mass_bound is not None:
+        most = as_array(actual.dropped_mass_bound)
+        assert_close(most, wanted.bound, 4 * bound.weight, "dropped mass bound")
 
 
-def check(inputs: Inputs, plan: Plan, **options) -> tuple[AttentionOutput, OracleOutput]:
-    """Runs both and compares everything."""
+def check(
+    inputs: Inputs, plan: Plan, entry=attention_varlen, **options
+) -> tuple[AttentionOutput, OracleOutput]:
+    """Runs `entry` and the oracle and compares everything."""
     if inputs.exact:
         options.setdefault("scale", EXACT_SCALE)
     wanted = oracle(*inputs.qkv, plan=plan, **options)
-    bound = Tolerance.of(inputs, options.get("scale"), options.get("bias"))
+    bound = Tolerance.of(
+        inputs, options.get("scale"), options.get("bias"), entry is attention_triton
+    )
     if not inputs.exact:
         assert wanted.margin > bound.decision, "a tie within rounding: choose another seed"
         assert wanted.nm_margin > 4 * bound.score, "an N:M tie within rounding: choose another seed"
-    actual = attention_varlen(*inputs.qkv, plan=plan, details=True, **options)
+    actual = entry(*inputs.qkv, plan=plan, details=True, **options)
     assert actual.out.dtype == inputs.q.dtype
     assert_matches(actual, wanted, bound)
     return actual, wanted
 
 
-def check_skips(inputs: Inputs, plan: Plan, phases=("prefill",), **options):
+def check_skips(inputs: Inputs, plan: Plan, phases=("prefill",), entry=attention_varlen, **options):
     """`check`, and tiles were skipped, tiles were kept, and the output shows it."""
-    actual, wanted = check(inputs, plan, **options)
+    actual, wanted = check(inputs, plan, entry, **options)
     for phase in phases:
         counts = getattr(wanted, phase)
         assert 0 < counts.skipped[0].sum() < counts.visible.sum(), f"{phase}: {counts}"
     if inputs.exact:
         options.setdefault("scale", EXACT_SCALE)
-    dense = attention_varlen(*inputs.qkv, plan=Plan(nm=plan.nm), **options)
+    dense = entry(*inputs.qkv, plan=Plan(nm=plan.nm), **options)
     assert not torch.equal(actual.out, dense.out), "skipping changed nothing"
     assert wanted.dropped.max() > 0
     return actual, wanted

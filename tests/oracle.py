@@ -34,6 +34,7 @@ class OracleOutput:
         used: the same, less the skipped tiles.
         kept: for each sequence bool [Hq, row tiles, key tiles], or None where nothing is skipped.
             Row tiles count from the tile that holds the sequence's first row.
+        bound: [Tq, Hq], what `AttentionOutput.dropped_mass_bound` says.
         margin: least distance of a skip decision from its threshold, in log2 units.
         ties: how many skip decisions were at their threshold exactly.
         nm_margin: least gap, not 0, between the last score that a group leaves and the next.
@@ -43,6 +44,7 @@ class OracleOutput:
     out: np.ndarray
     lse: np.ndarray
     dropped: np.ndarray
+    bound: np.ndarray
     prefill: Counts | None = None
     decode: Counts | None = None
     kept: list = field(default_factory=list)
@@ -234,22 +236,30 @@ def expand(kept, positions, n_k, part, decode) -> np.ndarray:
     return np.asarray(kept)[:, rows][:, :, keys]
 
 
-def weigh(x, used, left, v, sink, exact_normalizer):
-    """out, lse and dropped mass of one head's rows."""
-    n_q, dv = x.shape[0], v.shape[1]
-    out, lse, dropped = np.zeros((n_q, dv)), np.full(n_q, -INF), np.zeros(n_q)
+def weigh(x, used, left, v, sink, exact_normalizer, block_keys):
+    """out, lse, dropped mass and its bound of one head's rows."""
+    n_q, n_k, dv = *x.shape, v.shape[1]
+    out, lse = np.zeros((n_q, dv)), np.full(n_q, -INF)
+    dropped, bound = np.zeros(n_q), np.zeros(n_q)
     for i in range(n_q):
         if not left[i].any():
             continue
         pivot = max(np.max(x[i, left[i]]), sink)
         weight = np.where(left[i], np.exp2(np.where(left[i], x[i], -INF) - pivot), 0.0)
         everything = weight.sum() + np.exp2(sink - pivot)
+        stays = weight[used[i]].sum() + np.exp2(sink - pivot)
         numerator = weight[used[i]] @ v[used[i]]
         dropped[i] = weight[left[i] & ~used[i]].sum() / everything
-        total = everything if exact_normalizer else weight[used[i]].sum() + np.exp2(sink - pivot)
+        most = 0.0
+        for start in range(0, n_k, block_keys):
+            tile = slice(start, start + block_keys)
+            if left[i, tile].any() and not used[i, tile].any():
+                most += block_keys * weight[tile].max()
+        bound[i] = most / (stays + most)
+        total = everything if exact_normalizer else stays
         out[i] = numerator / total
         lse[i] = pivot + np.log2(total)
-    return out, lse, dropped
+    return out, lse, dropped, bound
 
 
 def oracle(
@@ -267,6 +277,7 @@ def oracle(
     result = OracleOutput(
         np.zeros((q.shape[0], heads, v.shape[2])),
         np.full((q.shape[0], heads), -INF),
+        np.zeros((q.shape[0], heads)),
         np.zeros((q.shape[0], heads)),
     )
     tallies = {}
@@ -321,9 +332,14 @@ def oracle(
         for h in range(heads):
             values = v[k0 : k0 + n_k, h // group]
             rows = slice(q0, q0 + n_q)
-            result.out[rows, h], result.lse[rows, h], result.dropped[rows, h] = weigh(
-                x[h], used[h], left[h], values, sink[h], exact
-            )
+            block_keys = max(n_k, 1) if tally is None else tally.part.block_keys
+            found = weigh(x[h], used[h], left[h], values, sink[h], exact, block_keys)
+            (
+                result.out[rows, h],
+                result.lse[rows, h],
+                result.dropped[rows, h],
+                result.bound[rows, h],
+            ) = found
         result.kept.append(kept)
         result.left.append(left)
         result.used.append(used)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from .api import AttentionOptions, attention, attention_reference, attention_varlen
+from .api import (
+    AttentionOptions,
+    attention,
+    attention_reference,
+    attention_triton,
+    attention_varlen,
+)
 from .types import (
     DENSE,
     AttentionOutput,
@@ -14,6 +20,7 @@ from .types import (
     SkipSoftmax,
     SkipSoftmaxDecode,
     TileCounts,
+    TileMap,
 )
 
 IS_AVAILABLE = True
@@ -44,8 +51,10 @@ __all__ = [
     "SkipSoftmax",
     "SkipSoftmaxDecode",
     "TileCounts",
+    "TileMap",
     "attention",
     "attention_reference",
+    "attention_triton",
     "attention_varlen",
     "register_triton_attention",
 ]

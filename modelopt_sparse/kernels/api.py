@@ -9,8 +9,8 @@ from torch import Tensor
 
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, describe
 
+from .backends import run, run_reference, run_triton
 from .check import Call, check_bool, check_int, check_qkv, check_tensor, checked
-from .reference.attention import run
 from .types import (
     DENSE,
     AttentionOutput,
@@ -60,6 +60,8 @@ def attention_varlen(
 ) -> AttentionOutput:
     """Softmax attention over packed sequences, with optional N:M sparsity and tile skipping.
 
+    On a GPU by Triton kernels, without waiting for it; on a CPU by the torch reference.
+
     Args:
         q: [Tq, Hq, D] fp16, bf16, fp32 or fp64, last dim contiguous.
         k: [Tk, Hk, D], same dtype and device. Hq % Hk == 0: head h reads k[:, h // (Hq // Hk)].
@@ -77,7 +79,7 @@ def attention_varlen(
         bias: float grid, added to the scores after softcap, natural-log units; -inf hides a key.
         phase: the phase of every sequence; default: n_q == 1 decodes, every other prefills.
         plan: what to leave out; see `Plan`.
-        details: also return `kept` and `dropped_mass`.
+        details: also return the decisions (`tiles`, `decode_tiles`, `kept`) and `dropped_mass`.
     Returns:
         AttentionOutput: out [Tq, Hq, Dv] in q's dtype; lse [Tq, Hq], base 2; tile counts.
     Raises:
@@ -113,7 +115,23 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, seqs: Seqs, **options: Unpack[AttentionOptions]
 ) -> AttentionOutput:
     """`attention_varlen` by the torch reference, on any device. Arguments and errors are the same."""
-    return run(checked(Call(q, k, v, seqs, **options)))
+    return run_reference(_checked(q, k, v, seqs, options))
+
+
+def attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, seqs: Seqs, **options: Unpack[AttentionOptions]
+) -> AttentionOutput:
+    """`attention_varlen` by the Triton kernels: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
+
+    Raises:
+        UnsupportedCall: there is no Triton, or it can't run on this device; else as `attention_varlen`.
+    """
+    return run_triton(_checked(q, k, v, seqs, options))
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs, options: AttentionOptions) -> Call:
+    options.setdefault("plan", DENSE)
+    return checked(Call(q, k, v, seqs, **options))
 
 
 def attention(

@@ -13,8 +13,8 @@ from torch import Tensor
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, UnsupportedCall, describe
 
 from .thresholds import as_float, check_fraction, check_threshold
+from .tiles import slot_count, word_count
 from .types import (
-    DENSE,
     NMSparsity,
     Phase,
     Plan,
@@ -22,6 +22,7 @@ from .types import (
     Seqs,
     SkipSoftmax,
     SkipSoftmaxDecode,
+    TileMap,
 )
 
 S = TypeVar("S", SkipSoftmax, SkipSoftmaxDecode)
@@ -38,6 +39,7 @@ class Call:
     k: Tensor
     v: Tensor
     seqs: Seqs
+    plan: Plan  # without a default, for torch.compile can't trace one that is an object
     causal: bool = True
     scale: float | None = None
     window: int | None = None
@@ -47,7 +49,6 @@ class Call:
     mask: ScoreGrid | None = None
     bias: ScoreGrid | None = None
     phase: Phase | None = None
-    plan: Plan = DENSE
     details: bool = False
 
 
@@ -81,6 +82,8 @@ def checked(call: Call) -> Call:
         takes = "Phase.PREFILL, Phase.DECODE or None"
         raise ArgumentTypeError(describe("phase", repr(call.phase), takes))
     plan = resolved_plan(call.plan, seqs.q_len.shape[0], q.shape[1], q.device)
+    if plan.tiles is not None:
+        _check_tiles(plan.tiles, plan, call)
     return replace(call, scale=scale, plan=plan)
 
 
@@ -103,6 +106,7 @@ def resolved_plan(plan: Plan, batch: int, heads: int, device: torch.device) -> P
         skip_decode=_resolved_skip(
             "plan.skip_decode", plan.skip_decode, SkipSoftmaxDecode, batch, heads, device
         ),
+        tiles=plan.tiles,
     )
 
 
@@ -130,9 +134,7 @@ def _resolved_skip(
     for field in fields(skip):
         value = getattr(skip, field.name)
         if field.name in ("block_rows", "block_keys"):
-            check_int(field.name, value)
-            if value not in TILE_SIZES:
-                raise ArgumentError(describe(field.name, value, f"one of {TILE_SIZES}"))
+            _check_tile_size(field.name, value)
         elif field.name in ("exact_normalizer", "vote_per_head"):
             check_bool(field.name, value)
     if isinstance(skip, SkipSoftmaxDecode):
@@ -149,6 +151,42 @@ def _resolved_skip(
     if threshold is None and not counted:
         return None
     return replace(skip, threshold=threshold, count_thresholds=counted)
+
+
+def _check_tile_size(name: str, value: Any) -> None:
+    if check_int(name, value) not in TILE_SIZES:
+        raise ArgumentError(describe(name, value, f"one of {TILE_SIZES}"))
+
+
+def _check_tiles(tiles: TileMap, plan: Plan, call: Call) -> None:
+    """Given tiles are laid out as this call lays them out. That the lengths are equal stays unread."""
+    if not isinstance(tiles, TileMap):
+        raise ArgumentTypeError(describe("plan.tiles", repr(tiles), "a TileMap or None"))
+    if plan.skip is not None:
+        remedy = "Given tiles are not decided upon."
+        raise ArgumentError(
+            describe("plan.tiles", "plan.skip as well", "one of plan.tiles and plan.skip", remedy)
+        )
+    if tiles.block_rows is None:
+        raise ArgumentError(
+            describe("plan.tiles", "a map of sequences that decode", "one of sequences in prefill")
+        )
+    _check_tile_size("plan.tiles.block_rows", tiles.block_rows)
+    _check_tile_size("plan.tiles.block_keys", tiles.block_keys)
+    for name in ("causal", "phase"):
+        got, takes = getattr(tiles, name), getattr(call, name)
+        if got is not takes:
+            raise ArgumentError(describe(f"plan.tiles.{name}", got, f"{takes}, as the call"))
+    if not isinstance(tiles.seqs, Seqs):
+        raise ArgumentTypeError(describe("plan.tiles.seqs", repr(tiles.seqs), "a Seqs"))
+    batch, heads = call.seqs.q_len.shape[0], call.q.shape[1]
+    shape = (batch,)
+    for name in ("q_len", "k_len"):
+        value = getattr(tiles.seqs, name)
+        check_tensor(f"plan.tiles.seqs.{name}", value, call.q, shape, torch.int32)
+    slots = slot_count(call.q.shape[0], batch, call.seqs.max_q, tiles.block_rows)
+    words = word_count(call.seqs.max_k, tiles.block_keys)
+    check_tensor("plan.tiles.words", tiles.words, call.q, (slots, heads, words), torch.int32)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -190,9 +228,14 @@ def _check_seqs(seqs: Seqs, q: Tensor, k: Tensor) -> None:
     batch = seqs.q_len.shape[0] if isinstance(seqs.q_len, Tensor) and seqs.q_len.ndim == 1 else -1
     for name in ("q_start", "q_len", "k_start", "k_len"):
         check_tensor(f"seqs.{name}", getattr(seqs, name), q, shape=(batch,), dtype=torch.int32)
-    if q.device.type == "cpu":
+    if _is_readable(q):
         _check_extent("q", seqs.q_start, seqs.q_len, q.shape[0], seqs.max_q)
         _check_extent("k", seqs.k_start, seqs.k_len, k.shape[0], seqs.max_k)
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a GPU, or splitting a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_extent(letter: str, start: Tensor, length: Tensor, total: int, most: int) -> None:
@@ -228,7 +271,7 @@ def _check_grid(name: str, grid: ScoreGrid, q: Tensor, seqs: Seqs) -> None:
         start = getattr(grid, f"{axis}_start")
         if start is not None:
             check_tensor(f"{name}.{axis}_start", start, q, shape=(batch,), dtype=torch.int32)
-        if q.device.type == "cpu":
+        if _is_readable(q):
             first = torch.zeros_like(length) if start is None else start
             ends = torch.where(length > 0, first.long() + length.long(), 0)
             if bool((first < 0).any()) or bool((ends > values.shape[size]).any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -11,12 +12,19 @@ from torch import Tensor
 
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, describe
 
+from .tiles import packed_bits, row_tile_spans, slot_count, unpacked_bits, word_count
+
 
 class Phase(Enum):
     """Which rule a sequence follows. One query row decodes, more prefill, unless the caller says."""
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+    @classmethod
+    def of(cls, n_q: int, given: Phase | None = None) -> Phase:
+        """The phase of a sequence of `n_q` query rows, where the caller says `given`."""
+        return given or (cls.DECODE if n_q == 1 else cls.PREFILL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,12 +178,108 @@ class SkipSoftmaxDecode:
 
 
 @dataclass(frozen=True, eq=False)
+class TileMap:
+    """Decision tiles of one phase of a call, one bit each: which were computed, or are to be.
+
+    Args:
+        words: int32 [slots, Hq, words], see `kernels.tiles`: tile (row tile in slot s, key tile c) of head h
+            is bit ``c % 32`` of ``words[s, h, c // 32]``. Bits of tiles that don't exist are 0.
+        seqs, causal, phase: those of the call.
+        block_rows: rows of a tile, anchored at position 0, of sequences that prefill. None: the map is of
+            sequences that decode, all rows of each are one row tile, and its slot is the sequence's index.
+        block_keys: keys of a tile.
+    """
+
+    words: Tensor
+    seqs: Seqs
+    causal: bool
+    block_rows: int | None
+    block_keys: int
+    phase: Phase | None = None
+
+    @classmethod
+    def from_kept(
+        cls,
+        kept: Sequence[Tensor | None],
+        seqs: Seqs,
+        causal: bool,
+        block_rows: int | None,
+        block_keys: int,
+        *,
+        rows: int,
+        heads: int,
+        phase: Phase | None = None,
+    ) -> TileMap:
+        """The map that `unpacked` unpacks to `kept`. Reads the lengths on the host.
+
+        Args:
+            kept: for each sequence bool [Hq, row tiles, key tiles], row tile 0 that of its first row.
+                None: no bits.
+            rows: of ``q``, all sequences together. heads: Hq.
+        Raises:
+            ArgumentError: `kept` doesn't fit the sequences, or has tiles of one in the other phase.
+        """
+        batch = len(seqs.q_len)
+        if len(kept) != batch:
+            raise ArgumentError(describe("kept", f"{len(kept)} entries", f"{batch}, as seqs"))
+        n_words = word_count(seqs.max_k, block_keys)
+        shape = (slot_count(rows, batch, seqs.max_q, block_rows), heads, n_words)
+        words = torch.zeros(shape, dtype=torch.int32, device=seqs.q_len.device)
+        tile_map = cls(words, seqs, causal, block_rows, block_keys, phase)
+        for b, (flags, place) in enumerate(zip(kept, tile_map._places(), strict=True)):
+            if flags is None:
+                continue
+            if place is None:
+                takes = "None for a sequence in the other phase"
+                raise ArgumentError(describe(f"kept[{b}]", f"shape {tuple(flags.shape)}", takes))
+            slots, key_tiles = place
+            takes_shape = (heads, slots.stop - slots.start, key_tiles)
+            if flags.dtype != torch.bool or flags.shape != takes_shape:
+                got = f"{flags.dtype} {tuple(flags.shape)}"
+                raise ArgumentError(describe(f"kept[{b}]", got, f"torch.bool {takes_shape}"))
+            words[slots] = packed_bits(flags.to(words.device), n_words).transpose(0, 1)
+        return tile_map
+
+    def unpacked(self) -> tuple[Tensor | None, ...]:
+        """For each sequence bool [Hq, row tiles, key tiles]; None for one in the other phase.
+
+        Reads the lengths on the host.
+        """
+        return tuple(
+            None if place is None else unpacked_bits(self.words[place[0]].transpose(0, 1), place[1])
+            for place in self._places()
+        )
+
+    def _places(self) -> list[tuple[slice, int] | None]:
+        """The slots and the number of key tiles of each sequence; None for one in the other phase."""
+        seqs = self.seqs
+        own = Phase.DECODE if self.block_rows is None else Phase.PREFILL
+        first, count = row_tile_spans(seqs.q_len, seqs.k_len, self.causal, self.block_rows)
+        columns = torch.stack([seqs.q_len.long(), seqs.k_len.long(), first, count], 1).tolist()
+        return [
+            (slice(slot, slot + n), -(-n_k // self.block_keys))
+            if Phase.of(n_q, self.phase) is own
+            else None
+            for n_q, n_k, slot, n in columns
+        ]
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What is done to the scores of a call, by phase. Numbers only; `DENSE` does nothing."""
+    """What is done to the scores of a call, by phase. `DENSE` does nothing.
+
+    Args:
+        nm: N:M sparsity, in prefill.
+        skip, skip_decode: tiles to skip, in prefill and in decode.
+        tiles: in place of `skip`, the only tiles that sequences in prefill compute; the map of an earlier
+            call repeats it. Nothing is decided or counted then. Bits of tiles in which no row sees a key
+            don't matter.
+    """
 
     nm: NMSparsity | None = None
     skip: SkipSoftmax | None = None
     skip_decode: SkipSoftmaxDecode | None = None
+    tiles: TileMap | None = None
 
 
 DENSE = Plan()
@@ -203,17 +307,44 @@ class AttentionOutput:
         lse: [Tq, Hq] fp32 (fp64 for fp64 input), base 2, over the keys that stayed and the sink logit;
             -inf in rows that see no key.
         prefill, decode: tile counts of the sequences in that phase; None where no skipping is in force.
-        kept: only with ``details=True`` and skipping in force: one bool [Hq, row tiles, key tiles] for
-            each sequence, True where a tile was visible and not skipped. The first row tile is that of
-            the sequence's first row; a sequence that decodes has one. None for a sequence whose phase
-            has no skipping.
+        tiles: only with ``details=True`` and skipping in force in prefill: the tiles that were visible and
+            not skipped. With given tiles, those.
+        decode_tiles: the same of sequences that decode.
         dropped_mass: only with ``details=True`` and skipping in force: [Tq, Hq], the share of the
-            row's softmax weight (relative to what N:M left) that lay in skipped tiles.
+            row's softmax weight (relative to what N:M left) that lay in skipped tiles. Where nothing is
+            decided, also by given tiles, 0.
+        dropped_mass_bound: with skipping in force: [Tq, Hq], at least `dropped_mass`, had without
+            summing skipped tiles: B / (K + B), where K is the sum of the exponentials kept, with the sink
+            logit's, and B takes each skipped tile for ``block_keys`` times the row's largest in it. 0
+            where the row lost nothing.
     """
 
     out: Tensor
     lse: Tensor
     prefill: TileCounts | None = None
     decode: TileCounts | None = None
-    kept: tuple[Tensor | None, ...] | None = None
+    tiles: TileMap | None = None
+    decode_tiles: TileMap | None = None
     dropped_mass: Tensor | None = None
+    dropped_mass_bound: Tensor | None = None
+
+    @property
+    def natural_lse(self) -> Tensor:
+        """`lse` in natural-log units."""
+        return self.lse * math.log(2)
+
+    @property
+    def kept(self) -> tuple[Tensor | None, ...] | None:
+        """The tiles of `tiles` and `decode_tiles`; None without either. Reads the lengths on the host.
+
+        For each sequence bool [Hq, row tiles, key tiles], True where a tile was visible and not skipped.
+        The first row tile is that of the sequence's first row; a sequence that decodes has one. None
+        for a sequence whose phase has no skipping.
+        """
+        maps = [part.unpacked() for part in (self.tiles, self.decode_tiles) if part is not None]
+        if not maps:
+            return None
+        return tuple(
+            next((tiles for tiles in of_phases if tiles is not None), None)
+            for of_phases in zip(*maps, strict=True)
+        )

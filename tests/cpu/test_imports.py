@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "kernels.device": set(),
     "kernels.stages": {"kernels.device"},
+    "kernels.programs": {"kernels.device", "kernels.stages"},
     "kernels.reference": {"kernels"},
     "braces": set(),
     "patterns": {"braces"},
@@ -45,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
     },
     "report": {"integrations", "modes", "module", "module_state", "stats"},
+    "bench": {"kernels", "version"},
 }  # fmt: skip
 # Of other packages, what each part does without.
 WITHOUT: dict[str, set[str]] = {

@@ -68,8 +68,9 @@ def test_a_call_on_the_gpu_keeps_the_tiles_that_the_cpu_keeps(
         assert here is None or torch.equal(here, there.cpu())
     if plan.skip is not None:
         assert gpu.prefill is not None and int(gpu.prefill.skipped[0].sum()) > 0
+    atol = 4e-3 if dtype == torch.bfloat16 else 1e-3  # half a step of a bf16 at 2
     torch.testing.assert_close(gpu.lse.cpu(), cpu.lse, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gpu.out.cpu().float(), cpu.out.float(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(gpu.out.cpu().float(), cpu.out.float(), rtol=1e-2, atol=atol)
 
 
 @pytest.mark.parametrize("preset", mtsa.PRESETS)

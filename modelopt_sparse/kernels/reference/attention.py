@@ -7,6 +7,8 @@ lengths on the host.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from modelopt_sparse.kernels.types import (
     SkipSoftmax,
     SkipSoftmaxDecode,
     TileCounts,
+    TileMap,
 )
 
 from .block import ALIGN, Block, attend_block
@@ -33,14 +36,16 @@ def run(call: Call) -> AttentionOutput:
     dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     out = call.q.new_zeros(call.q.shape[0], heads, call.v.shape[-1])
     lse = torch.full(call.q.shape[:2], -torch.inf, dtype=dtype, device=call.q.device)
-    details = call.details and not (call.plan.skip is None and call.plan.skip_decode is None)
-    dropped = torch.zeros_like(lse)
+    skip, skip_decode, tiles = call.plan.skip, call.plan.skip_decode, call.plan.tiles
+    dropped, bound = torch.zeros_like(lse), torch.zeros_like(lse)
+    given = (None,) * len(spans) if tiles is None else replace(tiles, seqs=seqs).unpacked()
     kept: list[Tensor | None] = []
+    kept_decode: list[Tensor | None] = []
     prefill: TileCounts | None = None
     decode: TileCounts | None = None
 
     for index, (q_start, n_q, k_start, n_k) in enumerate(spans):
-        rules = Rules.of(call, index, n_q)
+        rules = Rules.of(call, index, n_q, given[index])
         q_span, k_span = slice(q_start, q_start + n_q), slice(k_start, k_start + n_k)
         sequence = Sequence.of(call, index, q_span, k_span, ALIGN)
         blocks = [attend_block(sequence, rules, rows) for rows in _row_blocks(sequence, rules)]
@@ -48,17 +53,44 @@ def run(call: Call) -> AttentionOutput:
             out[q_span] = torch.cat([block.out for block in blocks]).to(out.dtype)
             lse[q_span] = torch.cat([block.lse for block in blocks])
         for block in blocks:
-            if block.dropped is not None:
-                dropped[q_start + block.rows.start : q_start + block.rows.stop] = block.dropped
-        if isinstance(rules.skip, SkipSoftmax):
+            rows = slice(q_start + block.rows.start, q_start + block.rows.stop)
+            if rules.skip is not None and block.dropped is not None and block.bound is not None:
+                dropped[rows], bound[rows] = block.dropped, block.bound
+        is_prefill = isinstance(rules.skip, SkipSoftmax)
+        if is_prefill:
             prefill = _add_counts(prefill, blocks, rules)
         elif rules.skip is not None:
             decode = _add_counts(decode, blocks, rules)
-        kept.append(_kept_tiles(blocks, sequence, rules))
+        decided = _kept_tiles(blocks, sequence, rules) if call.details else None
+        kept.append(decided if is_prefill else None)
+        kept_decode.append(None if is_prefill else decided)
 
-    if not details:
-        return AttentionOutput(out, lse, prefill, decode)
-    return AttentionOutput(out, lse, prefill, decode, tuple(kept), dropped)
+    if skip is None and skip_decode is None:
+        return AttentionOutput(out, lse, tiles=tiles if call.details else None)
+    if not call.details:
+        return AttentionOutput(out, lse, prefill, decode, dropped_mass_bound=bound)
+    if skip is not None:
+        tiles = _tile_map(call, kept, skip.block_rows, skip.block_keys)
+    tiles_decode = None
+    if skip_decode is not None:
+        tiles_decode = _tile_map(call, kept_decode, None, skip_decode.block_keys)
+    return AttentionOutput(out, lse, prefill, decode, tiles, tiles_decode, dropped, bound)
+
+
+def _tile_map(
+    call: Call, kept: list[Tensor | None], block_rows: int | None, block_keys: int
+) -> TileMap:
+    rows, heads = call.q.shape[:2]
+    return TileMap.from_kept(
+        kept,
+        call.seqs,
+        call.causal,
+        block_rows,
+        block_keys,
+        rows=rows,
+        heads=heads,
+        phase=call.phase,
+    )
 
 
 def _row_blocks(sequence: Sequence, rules: Rules) -> list[slice]:
@@ -90,12 +122,11 @@ def _add_counts(total: TileCounts | None, blocks: list[Block], rules: Rules) -> 
 
 
 def _kept_tiles(blocks: list[Block], sequence: Sequence, rules: Rules) -> Tensor | None:
-    """The decision bitmap: bool [Hq, row tiles, key tiles] of a sequence, None where nothing is skipped."""
-    skip = rules.skip
-    if skip is None:
+    """The decision bitmap: bool [Hq, row tiles, key tiles] of a sequence, None where nothing is decided."""
+    if rules.skip is None:
         return None
     n_row_tiles = int(rules.row_tile(sequence, slice(0, None))[-1]) + 1 if len(sequence.rows) else 0
-    n_key_tiles = -(-sequence.n_k // skip.block_keys)
+    n_key_tiles = -(-sequence.n_k // rules.block_keys)
     heads = sequence.q.shape[1]
     kept = torch.zeros(
         (heads, n_row_tiles, n_key_tiles), dtype=torch.bool, device=sequence.q.device
@@ -103,8 +134,8 @@ def _kept_tiles(blocks: list[Block], sequence: Sequence, rules: Rules) -> Tensor
     for block in blocks:
         if block.visible is None or block.skipped is None:
             continue
-        row = int(rules.row_tile(sequence, slice(0, block.rows.stop))[block.rows.start])
-        tile = block.first_key // skip.block_keys
+        row = int(rules.row_tile(sequence, block.rows)[0])
+        tile = block.first_key // rules.block_keys
         stays = (block.visible & ~block.skipped[0])[..., : n_key_tiles - tile]
         kept[:, row : row + stays.shape[1], tile : tile + stays.shape[2]] = stays
     return kept

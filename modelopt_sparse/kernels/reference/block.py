@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from modelopt_sparse.kernels.types import SkipSoftmax, SkipSoftmaxDecode
+from modelopt_sparse.kernels.types import SkipSoftmaxDecode
 
 from .nm import nm_hidden
 from .rules import Rules
@@ -24,7 +24,9 @@ class Block:
 
     Args:
         rows: which rows of the sequence.
-        out: [R, Hq, Dv]; lse: [R, Hq]; dropped: [R, Hq] or None.
+        out: [R, Hq, Dv]; lse: [R, Hq].
+        dropped: [R, Hq], the share of the weight in skipped tiles; bound: at least that, from their
+            maxima. None where nothing is skipped.
         visible: bool [Hq, row tiles, T]; skipped: bool [1 + counted, Hq, row tiles, T]. None where
             nothing is skipped or no key is visible.
         first_key: position of the block's first key.
@@ -34,6 +36,7 @@ class Block:
     out: Tensor
     lse: Tensor
     dropped: Tensor | None = None
+    bound: Tensor | None = None
     visible: Tensor | None = None
     skipped: Tensor | None = None
     first_key: int = 0
@@ -50,49 +53,56 @@ def attend_block(sequence: Sequence, rules: Rules, rows: slice) -> Block:
         out = sequence.q.new_zeros(n_rows, heads, sequence.v.shape[-1])
         return Block(rows, out, out.new_full((n_rows, heads), -torch.inf))
 
+    given = rules.kept_of_given(sequence, rows, keys)  # [Hq, R, T]
+
     def scores() -> Tensor:
         x = sequence.scores(rows, keys)
-        if rules.nm is None:
-            return x
-        positions = torch.arange(keys.start, keys.stop, device=x.device)
-        return x.masked_fill(nm_hidden(x, rules.nm, sequence.rows[rows], positions), -torch.inf)
+        if rules.nm is not None:
+            positions = torch.arange(keys.start, keys.stop, device=x.device)
+            x = x.masked_fill(nm_hidden(x, rules.nm, sequence.rows[rows], positions), -torch.inf)
+        if given is not None:
+            # What a tile left out holds may be above the rest, so it takes no part in the pivot.
+            x = x.masked_fill(~given.repeat_interleave(rules.block_keys, -1), -torch.inf)
+        return x
 
-    visible = skipped = kept = known = None
+    visible = skipped = known = None
+    kept = given
     if skip is not None:
         with torch.no_grad():
             known = scores()
             visible, skipped = rules.decide(known, sequence, rows)
             if skip.threshold is not None:
-                kept = (visible & ~skipped[0])[:, rules.row_tile(sequence, rows)]  # [Hq, R, T]
+                tile = rules.row_tile(sequence, rows)
+                kept = (visible & ~skipped[0])[:, tile - tile[0]]  # [Hq, R, T]
+    exact = skip is not None and skip.exact_normalizer
 
-    def softmax_pv(v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def softmax_pv(v: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         x = known if known is not None and not torch.is_grad_enabled() else scores()
-        return _softmax_pv(x, kept, v, sequence.call.sinks, skip)
+        return _softmax_pv(x, kept, v, sequence.call.sinks, exact)
 
     v = sequence.v[:, keys]
     if torch.is_grad_enabled() and sequence.requires_grad():
         # The tiles kept are constants here: the gradient is that of what the forward did.
         known = None
-        out, lse, dropped = checkpoint(softmax_pv, v, use_reentrant=False, preserve_rng_state=False)
+        out, lse, dropped, bound = checkpoint(
+            softmax_pv, v, use_reentrant=False, preserve_rng_state=False
+        )
     else:
         with torch.no_grad():
-            out, lse, dropped = softmax_pv(v)
-    return Block(rows, out, lse, dropped, visible, skipped, keys.start)
+            out, lse, dropped, bound = softmax_pv(v)
+    return Block(rows, out, lse, dropped, bound, visible, skipped, keys.start)
 
 
 def _softmax_pv(
-    x: Tensor,
-    kept: Tensor | None,
-    v: Tensor,
-    sinks: Tensor | None,
-    skip: SkipSoftmax | SkipSoftmaxDecode | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    x: Tensor, kept: Tensor | None, v: Tensor, sinks: Tensor | None, exact: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Softmax over the kept tiles, times V.
 
     Args:
         x: [Hq, R, N] log2 scores after N:M. kept: bool [Hq, R, T] or None. v: [Hk, N, Dv].
+        exact: the normaliser sums what is not kept too.
     Returns:
-        out [R, Hq, Dv]; lse [R, Hq] base 2; dropped [R, Hq] or None.
+        out [R, Hq, Dv]; lse [R, Hq] base 2; dropped and its bound [R, Hq], or None twice.
     """
     pivot = x.detach().amax(-1, keepdim=True)  # [Hq, R, 1]
     empty = pivot == -torch.inf
@@ -102,25 +112,28 @@ def _softmax_pv(
     pivot = pivot.masked_fill(empty, 0.0)
     weights = (x - pivot).exp2_()  # [Hq, R, N], exactly 0 where hidden
     sink_weight = 0.0 if sink is None else torch.exp2(sink - pivot)
-    dropped = None
+    dropped = bound = None
     if kept is None:
         total = weights.sum(-1, keepdim=True) + sink_weight
     else:
-        assert skip is not None
-        tiles = weights.view(*kept.shape, skip.block_keys)
+        block_keys = x.shape[-1] // kept.shape[-1]
+        tiles = weights.view(*kept.shape, block_keys)
         sums = tiles.sum(-1)  # [Hq, R, T]
         whole = sums.sum(-1, keepdim=True) + sink_weight
-        lost = sums.masked_fill(kept, 0.0).sum(-1, keepdim=True)
-        dropped = (lost / whole).detach().masked_fill(empty, 0.0).squeeze(-1).T
-        weights = tiles.masked_fill(~kept[..., None], 0.0).flatten(-2)
         stays = sums.masked_fill(~kept, 0.0).sum(-1, keepdim=True) + sink_weight
-        total = whole if skip.exact_normalizer else stays
+        with torch.no_grad():
+            lost = sums.masked_fill(kept, 0.0).sum(-1, keepdim=True)
+            dropped = (lost / whole).masked_fill(empty, 0.0).squeeze(-1).T
+            most = tiles.amax(-1).masked_fill(kept, 0.0).sum(-1, keepdim=True) * block_keys
+            bound = (most / (most + stays)).masked_fill(most == 0, 0.0).squeeze(-1).T
+        weights = tiles.masked_fill(~kept[..., None], 0.0).flatten(-2)
+        total = whole if exact else stays
     total = total.masked_fill(empty, 1.0)
     heads, n_rows, n_keys = weights.shape
     grouped = weights.reshape(v.shape[0], -1, n_keys)  # [Hk, g * R, N]
     out = (_weighted_sum(grouped, v).view(heads, n_rows, -1) / total).masked_fill(empty, 0.0)
     lse = (total.log2() + pivot).masked_fill(empty, -torch.inf)
-    return out.transpose(0, 1), lse.squeeze(-1).T, dropped
+    return out.transpose(0, 1), lse.squeeze(-1).T, dropped, bound
 
 
 def _weighted_sum(weights: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""``python -m modelopt_sparse.bench``: how fast our kernels are beside others, on this GPU."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from .cases import Case, Setting, smoke_cases, standard_cases
+from .inputs import Shape
+from .report import environment, save, table_of
+from .run import Row, measure
+from .timing import FULL, QUICK, Effort
+
+SMOKE = Effort(0.0, 3, 3)
+TABLE_WIDTH = 150
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 if a result was wrong; 2 if nothing could be run."""
+    options = _options(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    cases = smoke_cases() if options.smoke else standard_cases()
+    cases = [case for case in cases if _is_chosen(case, options.only, options.without)]
+    if options.list:
+        for case in cases:
+            print(f"{case.group}: {case.name}")
+        return 0
+    if not cases:
+        print("No case has such a name; --list alone shows them all.", file=sys.stderr)
+        return 2
+    if options.smoke:
+        setting = Setting(torch.device("cpu"), torch.float32, Shape(2, 1, 32))
+    elif torch.cuda.is_available():
+        setting = Setting(torch.device("cuda"), torch.bfloat16)
+    else:
+        print(
+            "The benchmark needs a CUDA GPU, and PyTorch sees none. "
+            "With --smoke it runs small cases on the CPU.",
+            file=sys.stderr,
+        )
+        return 2
+
+    effort = SMOKE if options.smoke else QUICK if options.quick else FULL
+    where = environment(setting.device)
+    console.print(", ".join(f"{name} {value}" for name, value in where.items()), highlight=False)
+    rows: list[Row] = []
+    for group, members in groupby(cases, key=lambda case: case.group):
+        of_group: list[Row] = []
+        for case in members:
+            of_group += measure(case, setting, effort)
+            if options.json is not None:
+                save(options.json, where, [*rows, *of_group])
+            if setting.device.type == "cuda":
+                torch.cuda.empty_cache()
+        console.print(table_of(group, of_group), highlight=False)
+        rows += of_group
+    return int(any(row.failed for row in rows))
+
+
+def _is_chosen(case: Case, only: Sequence[str], without: Sequence[str]) -> bool:
+    def is_named(names: Sequence[str]) -> bool:
+        return any(name == case.group or name in case.name for name in names)
+
+    return (not only or is_named(only)) and not is_named(without)
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m modelopt_sparse.bench",
+        description="Times our kernels in turn with others on one CUDA GPU, results checked first. "
+        "Ratios are their median time over ours: above 1 ours is faster.",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a group, or part of a case's name; may be repeated",
+    )
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="NAME", help="leave these out, likewise"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there as well")
+    parser.add_argument("--smoke", action="store_true", help="small cases on the CPU")
+    parser.add_argument("--list", action="store_true", help="name the cases, run none")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What we are measured against: the kernels behind PyTorch's attention, and Model-Optimizer's if installed.
+
+Each function makes the tensors that its peer wants, outside of what is timed, runs it once, and returns what
+to time; or raises `Unavailable`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from .inputs import Inputs
+from .timing import Run
+
+MODELOPT = ("modelopt.torch.kernels.common.attention", "modelopt.torch.kernels")
+"""Where its releases keep the kernel, the newest first."""
+
+
+class Unavailable(Exception):
+    """A peer that can't run this here, and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Peer:
+    """A peer, ready to be timed.
+
+    Args:
+        output: computes [T, Hq, D], to be checked; None if its result is defined otherwise than ours.
+        note: what the reader should know of how it is run.
+    """
+
+    run: Run
+    output: Callable[[], Tensor] | None = None
+    note: str = ""
+
+
+def sdpa(inputs: Inputs, backend: SDPBackend | None, mode: str = "forward") -> Peer:
+    """PyTorch's attention by one backend, or by whichever it picks (None).
+
+    Sequences are calls of their own. Heads are shared natively where the backend can, else KV heads are
+    repeated beforehand.
+
+    Args:
+        mode: "forward"; "backward", the backward pass alone; "both".
+    """
+    reasons = []
+    for native in [True, False] if inputs.group > 1 else [False]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # why each other backend was not taken
+                peer = _sdpa(inputs, backend, mode, native)
+                peer.run()
+                return peer
+        except RuntimeError as error:
+            reasons.append(str(error).strip().splitlines()[0])
+    raise Unavailable("; ".join(reasons))
+
+
+def _sdpa(inputs: Inputs, backend: SDPBackend | None, mode: str, native: bool) -> Peer:
+    def alone(x: Tensor, span: slice) -> Tensor:
+        """One sequence in the layout that it documents: [1, H, n, D]."""
+        return x[span].detach().transpose(0, 1)[None].contiguous()
+
+    k, v = inputs.k, inputs.v
+    if not native:
+        k, v = (x.repeat_interleave(inputs.group, 1) for x in (k, v))
+    calls = [(alone(inputs.q, s), alone(k, s), alone(v, s)) for s in inputs.spans]
+    if mode != "forward":
+        for x in chain.from_iterable(calls):
+            x.requires_grad_()
+
+    def forward() -> list[Tensor]:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return [
+                scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native)
+                for q, k, v in calls
+            ]
+
+    def backward(outs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        return [
+            torch.autograd.grad(out, call, d_out, retain_graph=True)
+            for out, call, d_out in zip(outs, calls, d_outs, strict=True)
+        ]
+
+    def output() -> Tensor:
+        return torch.cat([out.detach()[0].transpose(0, 1) for out in forward()])
+
+    notes = ["KV heads repeated"] if not native and inputs.group > 1 else []
+    notes += ["one call a sequence"] if len(calls) > 1 else []
+    note = ", ".join(notes)
+    if mode == "forward":
+        return Peer(forward, output, note)
+    outs = forward()
+    d_outs = [torch.randn_like(out) for out in outs]
+    if mode == "backward":
+        return Peer(lambda: backward(outs), output, note)
+    return Peer(lambda: backward(forward()), output, note)
+
+
+def flash_varlen(inputs: Inputs) -> Peer:
+    """FlashAttention-2 over packed sequences, as PyTorch carries it."""
+    try:
+        function: Callable[..., Any] = import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError as error:
+        raise Unavailable(f"PyTorch {torch.__version__} has no varlen_attn") from error
+    takes = inspect.signature(function).parameters
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    )
+    q, k, v = inputs.q, inputs.k, inputs.v
+    native = inputs.group == 1 or "enable_gqa" in takes
+    if not native:
+        k, v = (x.repeat_interleave(inputs.group, 1) for x in (k, v))
+    elif inputs.group > 1:
+        options["enable_gqa"] = True
+    ends = torch.tensor([0, *inputs.lengths], device=q.device).cumsum(0).int()
+    most = max(inputs.lengths)
+
+    def run() -> Tensor:
+        out: Tensor = function(q, k, v, ends, ends, most, most, **options)
+        return out
+
+    try:
+        run()
+    except (RuntimeError, NotImplementedError) as error:
+        raise Unavailable(str(error).strip().splitlines()[0]) from error
+    return Peer(run, run, "" if native else "KV heads repeated")
+
+
+def modelopt(inputs: Inputs, n: int = 0, m: int = 4) -> Peer:
+    """Model-Optimizer's Triton kernel, dense (n = 0) or with N:M sparsity and its default dense window."""
+    function = _modelopt_attention()
+    seqs = inputs.seqs
+
+    def run() -> Tensor:
+        out: Tensor = function(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            seqs.q_start,
+            seqs.q_len,
+            seqs.max_q,
+            is_causal=True,
+            softmax_scale=inputs.q.shape[-1] ** -0.5,
+            sparsity_n=n,
+            sparsity_m=m,
+        )
+        return out
+
+    try:
+        run()
+    except Exception as error:  # foreign code: whatever it raises is a reason
+        raise Unavailable(f"Model-Optimizer: {type(error).__name__}: {error}") from error
+    if n:
+        return Peer(run, None, "its result was not checked")
+    return Peer(run, run)
+
+
+def _modelopt_attention() -> Callable[..., Any]:
+    reasons = []
+    for name in MODELOPT:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                function = getattr(import_module(name), "attention", None)
+        except Exception as error:  # foreign code: whatever it raises is a reason
+            reasons.append(str(error))
+            continue
+        if callable(function):
+            found: Callable[..., Any] = function
+            return found
+        reasons.append(f"{name} offers no attention here")
+    raise Unavailable(reasons[0])

@@ -1,0 +1,349 @@
+"""What is measured: each case builds its inputs, our call, the peers to set beside it, and the check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from modelopt_sparse.kernels import (
+    DENSE,
+    AttentionOutput,
+    NMSparsity,
+    Plan,
+    SkipSoftmax,
+    attention_varlen,
+)
+
+from . import baselines
+from .baselines import Peer
+from .checks import (
+    DENSE_ERROR,
+    GRADIENT_ERROR,
+    NM_ERROR,
+    forward_error,
+    gradient_error,
+    planned_error,
+)
+from .inputs import THRESHOLD, Inputs, Shape, dialled, plain
+from .timing import Run
+
+SKIPS_NOTHING = 1e-30
+"""A lambda under which no tile falls."""
+DIAL_ERROR = 0.03
+"""How far the counted share of skipped tiles may lie from the dial."""
+RAGGED = (
+    16384, 12288, 8192, 6144, 5120, 4096, 3333, 2777, 2222, 1600, 1111, 850, 600, 400, 250, 169,
+)  # fmt: skip
+"""16 sequences, 64k tokens."""
+
+OWN_DENSE, CUDNN, FLASH, SDPA = "own dense", "cuDNN", "FlashAttention-2", "SDPA"
+MODELOPT = "Model-Optimizer"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """On what the cases run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: Shape = field(default_factory=Shape)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the check found: the relative error, the bound that it stays under, and anything else wrong."""
+
+    error: float
+    bound: float
+    wrong: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Written so that NaN fails."""
+        return self.error <= self.bound and not self.wrong
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A case, ready to be run.
+
+    Args:
+        run: our call, to be timed.
+        check: runs it once and compares.
+        peers: by name, makers of what is timed in turn with ours.
+        flops: of the dense call that does the same.
+        sparsity: share of tiles skipped, as the kernel counts; set where something is skipped.
+    """
+
+    inputs: Inputs
+    run: Run
+    check: Callable[[], Check]
+    peers: Mapping[str, Callable[[], Peer]]
+    flops: float
+    sparsity: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named case of a group, `build` makes it for a setting."""
+
+    group: str
+    name: str
+    build: Callable[[Setting], Trial] = field(compare=False)
+
+
+def _tokens(n: int) -> str:
+    return f"{n // 1024}k" if n % 1024 == 0 else str(n)
+
+
+def _forward(inputs: Inputs, plan: Plan = DENSE, details: bool = False) -> AttentionOutput:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    return attention_varlen(q, k, v, inputs.seqs, causal=True, plan=plan, details=details)
+
+
+def _timed_forward(inputs: Inputs, plan: Plan = DENSE) -> Run:
+    """Without what is made once for a batch: the sequence offsets."""
+    return partial(
+        attention_varlen, inputs.q, inputs.k, inputs.v, inputs.seqs, causal=True, plan=plan
+    )
+
+
+def _own_dense(inputs: Inputs) -> Peer:
+    return Peer(_timed_forward(inputs), lambda: _forward(inputs).out)
+
+
+def _sdpa_peers(
+    inputs: Inputs, names: Sequence[str], mode: str = "forward"
+) -> dict[str, Callable[[], Peer]]:
+    """The named backends; off CUDA the one that there is, in place of them."""
+    if inputs.q.device.type != "cuda":
+        return {SDPA: partial(baselines.sdpa, inputs, None, mode)}
+    backends = {CUDNN: SDPBackend.CUDNN_ATTENTION, FLASH: SDPBackend.FLASH_ATTENTION}
+    return {name: partial(baselines.sdpa, inputs, backends[name], mode) for name in names}
+
+
+def dense(lengths: Sequence[int], setting: Setting) -> Trial:
+    """Dense forward."""
+    inputs = plain(lengths, setting.shape, setting.device, setting.dtype)
+    ragged = len(lengths) > 1
+    peers = _sdpa_peers(inputs, [CUDNN] if ragged else [CUDNN, FLASH])
+    if ragged and setting.device.type == "cuda":
+        peers[FLASH] = partial(baselines.flash_varlen, inputs)
+    return Trial(
+        inputs,
+        _timed_forward(inputs),
+        lambda: Check(forward_error(inputs, _forward(inputs).out), DENSE_ERROR),
+        peers,
+        inputs.causal_flops(),
+    )
+
+
+def overhead(length: int, setting: Setting) -> Trial:
+    """Skipping in force, with a threshold that skips nothing."""
+    inputs = plain([length], setting.shape, setting.device, setting.dtype)
+    plan = Plan(skip=SkipSoftmax(SKIPS_NOTHING))
+    output = _forward(inputs, plan)
+    wrong = "" if _skipped(output) == 0 else f"skipped {_skipped(output):.1%} of tiles"
+    return Trial(
+        inputs,
+        _timed_forward(inputs, plan),
+        lambda: Check(forward_error(inputs, output.out), DENSE_ERROR, wrong),
+        {OWN_DENSE: partial(_own_dense, inputs), **_sdpa_peers(inputs, [CUDNN])},
+        inputs.causal_flops(),
+        _skipped(output),
+    )
+
+
+def skip(length: int, share: float, setting: Setting) -> Trial:
+    """Forward with a dialled share of tiles skipped."""
+    inputs = dialled(length, share, setting.shape, setting.device, setting.dtype)
+    plan = Plan(skip=SkipSoftmax(THRESHOLD))
+    output = _forward(inputs, plan, details=True)
+
+    def check() -> Check:
+        assert output.kept is not None
+        error = forward_error(inputs, output.out, output.kept)
+        return Check(error, DENSE_ERROR, _miscounted(inputs, output))
+
+    return Trial(
+        inputs,
+        _timed_forward(inputs, plan),
+        check,
+        {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs)},
+        inputs.causal_flops(),
+        _skipped(output),
+    )
+
+
+def tile_list(length: int, share: float, setting: Setting) -> Trial:
+    """Forward over a given list of tiles: those that skip-softmax keeps of the same inputs."""
+    inputs = dialled(length, share, setting.shape, setting.device, setting.dtype)
+    decided = _forward(inputs, Plan(skip=SkipSoftmax(THRESHOLD)), details=True)
+    plan = Plan(tiles=decided.tiles)
+
+    def check() -> Check:
+        out = _forward(inputs, plan).out
+        error = forward_error(inputs, out, decided.kept)
+        return Check(error, DENSE_ERROR, _miscounted(inputs, decided))
+
+    return Trial(
+        inputs,
+        _timed_forward(inputs, plan),
+        check,
+        {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs)},
+        inputs.causal_flops(),
+        _skipped(decided),
+    )
+
+
+def n_of_m(length: int, n: int, m: int, setting: Setting) -> Trial:
+    """Forward with N:M sparsity."""
+    inputs = plain([length], setting.shape, setting.device, setting.dtype)
+    plan = Plan(nm=NMSparsity(n, m))
+    peers = {OWN_DENSE: partial(_own_dense, inputs)}
+    if setting.device.type == "cuda":
+        peers[MODELOPT] = partial(baselines.modelopt, inputs, n, m)
+    return Trial(
+        inputs,
+        _timed_forward(inputs, plan),
+        lambda: Check(planned_error(inputs, _forward(inputs, plan).out, plan), NM_ERROR),
+        peers,
+        inputs.causal_flops(),
+    )
+
+
+def backward(length: int, setting: Setting) -> Trial:
+    """Dense backward alone, as many KV heads as query heads."""
+    shape = replace(setting.shape, kv_heads=setting.shape.q_heads)
+    inputs = plain([length], shape, setting.device, setting.dtype)
+    leaves, d_out = _leaves(inputs)
+    out = attention_varlen(*leaves, inputs.seqs, causal=True).out
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+
+    return Trial(
+        inputs,
+        run,
+        lambda: Check(gradient_error(inputs, d_out, run()), GRADIENT_ERROR),
+        _sdpa_peers(inputs, [CUDNN, FLASH], "backward"),
+        2.5 * inputs.causal_flops(),
+    )
+
+
+def training(length: int, share: float, setting: Setting) -> Trial:
+    """Forward and backward with a dialled share of tiles skipped."""
+    inputs = dialled(length, share, setting.shape, setting.device, setting.dtype)
+    plan = Plan(skip=SkipSoftmax(THRESHOLD))
+    leaves, d_out = _leaves(inputs)
+    decided = _forward(inputs, plan, details=True)
+    seqs = inputs.seqs
+
+    def step(plan: Plan) -> tuple[Tensor, ...]:
+        out = attention_varlen(*leaves, seqs, causal=True, plan=plan).out
+        return torch.autograd.grad(out, leaves, d_out)
+
+    def check() -> Check:
+        assert decided.kept is not None
+        error = gradient_error(inputs, d_out, step(plan), decided.kept[0])
+        return Check(error, GRADIENT_ERROR, _miscounted(inputs, decided))
+
+    return Trial(
+        inputs,
+        partial(step, plan),
+        check,
+        {
+            OWN_DENSE: lambda: Peer(partial(step, DENSE), lambda: _forward(inputs).out),
+            **_sdpa_peers(inputs, [CUDNN], "both"),
+        },
+        3.5 * inputs.causal_flops(),
+        _skipped(decided),
+    )
+
+
+def _leaves(inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """q, k, v that want a gradient, and a gradient of the output."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    generator = torch.Generator(q.device).manual_seed(1)
+    d_out = torch.randn(q.shape, generator=generator, device=q.device, dtype=q.dtype)
+    return (q, k, v), d_out
+
+
+def _skipped(output: AttentionOutput) -> float:
+    assert output.prefill is not None
+    return float(output.prefill.skipped[0].sum() / output.prefill.visible.sum())
+
+
+def _miscounted(inputs: Inputs, output: AttentionOutput) -> str:
+    """What is wrong with the counts: they don't fit the tiles returned, or are far from the dial."""
+    assert output.prefill is not None and output.kept is not None and inputs.share is not None
+    kept = sum(int(tiles.sum()) for tiles in output.kept if tiles is not None)
+    counted = int(output.prefill.visible.sum() - output.prefill.skipped[0].sum())
+    if kept != counted:
+        return f"{kept} tiles kept, {counted} counted"
+    if abs(_skipped(output) - inputs.share) > DIAL_ERROR:
+        return f"skipped {_skipped(output):.1%}, dialled {inputs.share:.0%}"
+    return ""
+
+
+def _with_dim(dim: int, build: Callable[[Setting], Trial], setting: Setting) -> Trial:
+    return build(replace(setting, shape=replace(setting.shape, head_dim=dim)))
+
+
+def standard_cases() -> list[Case]:
+    """The table: bf16, 32 query heads, 8 KV heads, head_dim 128, causal, unless its name says otherwise."""
+    k = 1024
+    cases = [Case("dense", f"dense-{_tokens(n)}", partial(dense, [n])) for n in (4 * k, 16 * k)]
+    cases += [
+        Case("overhead", f"skip0-{_tokens(n)}", partial(overhead, n)) for n in (4 * k, 16 * k)
+    ]
+    cases += [
+        Case("skip", f"skip{share}-16k", partial(skip, 16 * k, share / 100))
+        for share in (50, 75, 90)
+    ]
+    cases += [
+        Case("tiles", f"tiles{share}-16k", partial(tile_list, 16 * k, share / 100))
+        for share in (50, 90)
+    ]
+    cases += [
+        Case("nm", f"nm{n}:{m}-{_tokens(length)}", partial(n_of_m, length, n, m))
+        for n, m in ((2, 4), (4, 8))
+        for length in (4 * k, 16 * k)
+    ]
+    cases += [Case("backward", "backward-8k", partial(backward, 8 * k))]
+    cases += [
+        Case("training", f"training{share}-8k", partial(training, 8 * k, share / 100))
+        for share in (50, 75)
+    ]
+    for n in (2 * k, 8 * k, 32 * k, 64 * k, 128 * k):
+        cases.append(Case("others", f"length-{_tokens(n)}", partial(dense, [n])))
+    for n in (8 * k, 64 * k, 128 * k):
+        cases.append(Case("others", f"length-skip75-{_tokens(n)}", partial(skip, n, 0.75)))
+    for dim in (64, 256):
+        for n in (4 * k, 16 * k):
+            build = partial(_with_dim, dim, partial(dense, [n]))
+            cases.append(Case("others", f"dim{dim}-{_tokens(n)}", build))
+        build = partial(_with_dim, dim, partial(skip, 16 * k, 0.75))
+        cases.append(Case("others", f"dim{dim}-skip75-16k", build))
+    cases.append(Case("others", "ragged-64k", partial(dense, RAGGED)))
+    return cases
+
+
+def smoke_cases() -> list[Case]:
+    """Each kind of case, small."""
+    return [
+        Case("dense", "dense-200", partial(dense, [200])),
+        Case("overhead", "skip0-200", partial(overhead, 200)),
+        Case("skip", "skip50-1k", partial(skip, 1024, 0.5)),
+        Case("tiles", "tiles50-1k", partial(tile_list, 1024, 0.5)),
+        Case("nm", "nm2:4-200", partial(n_of_m, 200, 2, 4)),
+        Case("backward", "backward-200", partial(backward, 200)),
+        Case("training", "training40-900", partial(training, 900, 0.4)),
+        Case("others", "dim16-100", partial(_with_dim, 16, partial(dense, [100]))),
+        Case("others", "ragged-300", partial(dense, [150, 129, 20, 1])),
+    ]

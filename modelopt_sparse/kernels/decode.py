@@ -1,0 +1,110 @@
+"""Launches of the decode kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import triton
+
+from modelopt_sparse.errors import UnsupportedCall, describe
+
+from . import arguments
+from .check import Call
+from .device.variant import Variant
+from .launch import Launch, decode_launch, shared_memory, thriftier
+from .launching import launch_first_that_fits
+from .programs.decode import decode_kernel
+from .results import Results, scratch
+from .types import Phase
+
+# Rows of a sequence that decode together in one program, and rows of all its heads, at most.
+MOST_ROWS_OF_A_SEQUENCE = 16
+MOST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class DecodeVariant(Variant):
+    """Compile-time constants of the decode kernel.
+
+    Args:
+        HEADS: query heads of a program, rounded up to a power of two.
+        ALL_DECODE: sequences of more than one row decode too.
+    """
+
+    HEADS: int = 1
+    ALL_DECODE: bool = False
+
+
+def launch_decode(call: Call, results: Results) -> None:
+    """Computes the sequences of a checked call that decode; other rows stay as they are.
+
+    Args:
+        call: its scale is above 0. Of its plan only `skip_decode` matters.
+    Raises:
+        UnsupportedCall: more rows would vote together than a program has.
+    """
+    if not results.out.numel() or not call.seqs.q_len.shape[0]:
+        return
+    skip = call.plan.skip_decode
+    if skip is not None and skip.threshold is None:
+        # Only counted: the output stays that of a call without.
+        _launch(call, scratch(results))
+        call = replace(call, plan=replace(call.plan, skip_decode=None))
+    _launch(call, results)
+
+
+def _launch(call: Call, results: Results) -> None:
+    q, v, seqs, skip = call.q, call.v, call.seqs, call.plan.skip_decode
+    group = q.shape[1] // call.k.shape[1]
+    members = 1 if skip is not None and skip.vote_per_head else group
+    max_q = max(1, seqs.max_q) if call.phase is Phase.DECODE else 1
+    if skip is not None and members * max_q > MOST_ROWS:
+        remedy = "Use vote_per_head=True, phase=Phase.PREFILL, or attention_reference."
+        got, takes = f"{members * max_q} rows that vote together", f"at most {MOST_ROWS}"
+        raise UnsupportedCall(describe("plan.skip_decode", got, takes, remedy))
+    block_keys = None if skip is None else skip.block_keys
+    best = decode_launch(
+        (q.shape[-1], v.shape[-1]),
+        q.element_size(),
+        members * max_q,
+        block_keys,
+        shared_memory(q.device),
+    )
+    least = (16, 16) if block_keys is None else (best.block_m, block_keys)
+    launches = thriftier(best, *least)
+    launch_first_that_fits(launches, partial(_launch_as, call, results, members, max_q))
+
+
+def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: Launch) -> None:
+    q, k, v, seqs, skip = call.q, call.k, call.v, call.seqs, call.plan.skip_decode
+    heads, batch = q.shape[1], seqs.q_len.shape[0]
+    exact = skip is not None and skip.exact_normalizer
+    words = None if skip is None else results.decode_words
+    C = DecodeVariant(
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        STAGES=launch.stages,
+        HAS_LOWER_EDGE=call.bounds is not None or call.window is not None,
+        SKIP=skip is not None,
+        STORE_TILES=words is not None,
+        WEIGH_SKIPPED=skip is not None and (results.dropped is not None or exact),
+        EXACT=exact,
+        THRESHOLDS=arguments.padded(len(skip.count_thresholds)) if skip else 0,
+        HEADS=triton.next_power_of_2(members),
+        ALL_DECODE=call.phase is Phase.DECODE,
+        **arguments.features(call),
+    )
+    blocks = triton.cdiv(members * max_q, C.BLOCK_M)
+    decode_kernel[(batch * (heads // members) * blocks,)](
+        q, k, v, results.out, results.lse,
+        *(arguments.strides(x) for x in (q, k, v, results.out)),
+        *arguments.sequences(seqs)[:4], heads, heads // k.shape[1], members, blocks, max_q,
+        call.bounds, arguments.window(call.window),
+        *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
+        call.sinks, call.scale, call.softcap or 0.0,
+        *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip, q.device),
+        results.decode, skip.segment_keys // skip.block_keys if skip else 1,
+        words, 0 if words is None else words.shape[2], results.bound, results.dropped,
+        C, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip

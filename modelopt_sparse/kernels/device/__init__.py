@@ -1,0 +1,1 @@
+"""Small Triton functions that the kernels share. No launch code."""

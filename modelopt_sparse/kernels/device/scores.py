@@ -1,0 +1,162 @@
+"""A tile of scores: loads, products, softcap, bias, and what is hidden."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .softmax import LOG2_E
+
+
+@triton.jit
+def load_rows(base, stride, rows, is_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a packed tensor [tokens, DIM]: [rows, BLOCK], 0 where not `is_row` and beyond DIM.
+
+    Args:
+        base: pointer to the head's first channel of token 0. stride: elements from token to token.
+        rows: int tensor of token numbers. is_row: bool of its shape, or None for all.
+    """
+    channel = tl.arange(0, BLOCK)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
+    if DIM < BLOCK:
+        inside = (channel < DIM)[None, :]
+        if is_row is not None:
+            inside = inside & is_row[:, None]
+        return tl.load(pointers, mask=inside, other=0.0)
+    if is_row is not None:
+        return tl.load(pointers, mask=is_row[:, None], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def columns_to_keys(C: tl.constexpr):
+    """Which key of a tile each column holds: [BLOCK_N].
+
+    With N:M, keys of one place in their groups lie together, see `stages.nm`.
+    """
+    column = tl.arange(0, C.BLOCK_N)
+    if C.N > 0:
+        GROUPS: tl.constexpr = C.BLOCK_N // C.M
+        return column % GROUPS * C.M + column // GROUPS
+    return column
+
+
+@triton.jit
+def load_keys(base, stride, tile, is_key, C: tl.constexpr, IS_V: tl.constexpr):
+    """The keys (or values) of a tile in the order of its columns, 0 where not `is_key`: [BLOCK_N, BLOCK_D].
+
+    Args:
+        is_key: bool [BLOCK_N], or None for all.
+    """
+    DIM: tl.constexpr = C.HEAD_DIM_V if IS_V else C.HEAD_DIM
+    BLOCK: tl.constexpr = C.BLOCK_DV if IS_V else C.BLOCK_D
+    tile_base = base + (tile * C.BLOCK_N).to(tl.int64) * stride
+    x = load_rows(tile_base, stride, columns_to_keys(C), is_key, DIM, BLOCK)
+    return x.to(tl.float32) if C.UPCAST else x
+
+
+@triton.jit
+def load_k(kv, tile, is_key, C: tl.constexpr, IS_EDGE: tl.constexpr):
+    """The keys of a tile: [BLOCK_N, BLOCK_D].
+
+    Args:
+        kv: (k, v, k_stride, v_stride, k_box, v_box): pointers to the sequence's first key; where C.BOXES,
+            boxes are (descriptor [.., D], row of the sequence's first key, column of the head).
+        is_key: bool [BLOCK_N], the columns to load at an edge; elsewhere all are.
+    """
+    k, v, k_stride, v_stride, k_box, v_box = kv
+    if IS_EDGE:
+        return load_keys(k, k_stride, tile, is_key, C, False)
+    if C.BOXES:
+        return k_box[0].load([k_box[1] + tile * C.BLOCK_N, k_box[2]])
+    return load_keys(k, k_stride, tile, None, C, False)
+
+
+@triton.jit
+def load_v(
+    kv, tile, keys, is_key, low, high, sees, has_gaps, grids,
+    C: tl.constexpr, IS_EDGE: tl.constexpr,
+):  # fmt: skip
+    """The values of a tile: [BLOCK_N, BLOCK_DV].
+
+    At an edge, those of keys that no row sees are 0, so that a NaN in an unused place reaches nobody.
+
+    Args:
+        has_gaps: between the keys that rows see may lie some that none does.
+    """
+    k, v, k_stride, v_stride, k_box, v_box = kv
+    if IS_EDGE:
+        values = load_keys(v, v_stride, tile, is_key, C, True)
+        mask, bias = grids
+        if C.HAS_GRIDS:
+            seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
+            values = tl.where(seen[:, None], values, 0.0).to(values.dtype)
+        elif C.HAS_BOUNDS:
+            if has_gaps:
+                seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
+                values = tl.where(seen[:, None], values, 0.0).to(values.dtype)
+        return values
+    if C.BOXES:
+        return v_box[0].load([v_box[1] + tile * C.BLOCK_N, v_box[2]])
+    return load_keys(v, v_stride, tile, None, C, True)
+
+
+@triton.jit
+def grid_pointers(values, row_start, key_start, strides, sequence, head, rows):
+    """Pointers to the entries of a `ScoreGrid` for a program's rows and key 0: [BLOCK_M, 1]."""
+    stride_b, stride_h, stride_r, stride_k = strides
+    first_row = tl.load(row_start + sequence).to(tl.int64)
+    first_key = tl.load(key_start + sequence).to(tl.int64)
+    base = values + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    return base + (first_row + rows.to(tl.int64))[:, None] * stride_r + first_key * stride_k
+
+
+@triton.jit
+def visible(keys, low, high, sees, mask, bias, C: tl.constexpr):
+    """Which of `keys` each row sees: bool [BLOCK_M, keys].
+
+    Args:
+        low, high: [BLOCK_M], the keys [low, high) of each row. sees: rows that take part.
+        mask, bias: (pointers [BLOCK_M, 1], stride between keys).
+    """
+    seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None]) & sees[:, None]
+    if C.HAS_MASK:
+        pointers, stride = mask
+        seen = seen & (
+            tl.load(pointers + keys.to(tl.int64)[None, :] * stride, mask=seen, other=0) != 0
+        )
+    if C.HAS_BIAS:
+        pointers, stride = bias
+        added = tl.load(pointers + keys.to(tl.int64)[None, :] * stride, mask=seen, other=0.0)
+        seen = seen & (added.to(tl.float32) != float("-inf"))
+    return seen
+
+
+@triton.jit
+def transform(product, keys, n_k, is_row, bias, scale_log2, softcap, C: tl.constexpr):
+    """From products of q and k to log2 scores, where a softcap or a bias needs them; else unchanged.
+
+    Args:
+        scale_log2: the softmax scale times log2(e). softcap: in natural-log units.
+    """
+    if C.HAS_SOFTCAP:
+        capped = softcap * LOG2_E
+        x = tanh(product * (scale_log2 / capped)) * capped
+    elif C.HAS_BIAS:
+        x = product * scale_log2
+    else:
+        x = product
+    if C.HAS_BIAS:
+        pointers, stride = bias
+        exists = is_row[:, None] & (keys < n_k)[None, :]
+        added = tl.load(pointers + keys.to(tl.int64)[None, :] * stride, mask=exists, other=0.0)
+        x += added.to(tl.float32) * LOG2_E
+    return x
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent, without overflow."""
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+    t = (1 - e) / (1 + e)
+    return tl.where(x < 0, -t, t)

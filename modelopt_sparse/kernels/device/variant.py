@@ -1,0 +1,71 @@
+"""What a kernel is compiled for. Everything else is an argument of the call, so that it never recompiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compile-time constants of one kernel.
+
+    Args:
+        BLOCK_M, BLOCK_N: query rows and keys of a launch tile.
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV: channels, and the powers of two that hold them.
+        STAGES: tiles in flight.
+        CAUSAL, HAS_BOUNDS: what limits rows.
+        ONLY_EDGES: no tile is treated as fully visible, for none is known to be, or to have but one loop.
+        HAS_LOWER_EDGE: some rows may not see the keys of the first tiles.
+        BOXES: keys and values come by tensor descriptors, in tiles that all rows see.
+        HAS_MASK, HAS_BIAS, HAS_SOFTCAP, HAS_SINKS: what a call has.
+        N, M: N:M sparsity; N = 0 is none.
+        SKIP: row tiles decide which key tiles they skip. GIVEN: lists say so.
+        GROUPS: row tiles in a program's rows.
+        STORE_TILES: the decisions are stored, one bit each.
+        LATE_VALUES: values are loaded only when a tile is kept.
+        WEIGH_SKIPPED: the exponentials of skipped tiles are summed. EXACT: and join the normaliser.
+        THRESHOLDS: how many further thresholds are counted, rounded up to a power of two; 0 is none.
+        ONLY_PREFILL: sequences of one row are another kernel's.
+        PRECISION: of fp32 products: "ieee" or "tf32".
+        UPCAST: inputs are computed with in fp32 (Triton's interpreter has no bf16).
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    HEAD_DIM: int
+    HEAD_DIM_V: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    STAGES: int = 2
+    CAUSAL: bool = True
+    HAS_BOUNDS: bool = False
+    ONLY_EDGES: bool = False
+    HAS_LOWER_EDGE: bool = False
+    BOXES: bool = False
+    HAS_MASK: bool = False
+    HAS_BIAS: bool = False
+    HAS_SOFTCAP: bool = False
+    HAS_SINKS: bool = False
+    N: int = 0
+    M: int = 4
+    SKIP: bool = False
+    GIVEN: bool = False
+    GROUPS: int = 1
+    STORE_TILES: bool = False
+    LATE_VALUES: bool = False
+    WEIGH_SKIPPED: bool = False
+    EXACT: bool = False
+    THRESHOLDS: int = 0
+    ONLY_PREFILL: bool = False
+    PRECISION: str = "ieee"
+    UPCAST: bool = False
+
+    @property
+    def HAS_GRIDS(self) -> bool:
+        """Tensors say which keys a row sees."""
+        return self.HAS_MASK or self.HAS_BIAS
+
+    @property
+    def IS_RAW(self) -> bool:
+        """Scores stay products of q and k, to be scaled in the exponent."""
+        return not (self.HAS_SOFTCAP or self.HAS_BIAS)

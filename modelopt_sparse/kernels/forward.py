@@ -1,0 +1,51 @@
+"""The forward pass of a checked call: which kernels its sequences need."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from modelopt_sparse.errors import UnsupportedCall, describe
+
+from .check import Call
+from .decode import MOST_ROWS_OF_A_SEQUENCE, launch_decode
+from .launching import clear_unowned, launching
+from .prefill import launch_prefill
+from .results import Results, allocate
+from .types import Phase, Plan
+
+
+def forward(call: Call, keep_tiles: bool) -> Results:
+    """Computes a checked call whose scale is above 0.
+
+    Args:
+        keep_tiles: whether decisions are wanted even without ``call.details``.
+    Raises:
+        UnsupportedCall: the GPU is too small for it, or too many rows would decode together.
+    """
+    results = allocate(call, keep_tiles)
+    if not call.k.shape[0]:
+        results.out.zero_()
+        results.lse.fill_(-math.inf)
+        return results
+    with launching(call):
+        clear_unowned(results.out, results.lse, call.seqs.q_start, call.seqs.q_len)
+        _launch(call, results)
+    return results
+
+
+def _launch(call: Call, results: Results) -> None:
+    plan, max_q = call.plan, call.seqs.max_q
+    if call.phase is Phase.PREFILL:
+        launch_prefill(call, results)
+    elif call.phase is None and max_q > 1:
+        launch_prefill(call, results, only_prefill=True)
+        launch_decode(call, results)
+    elif max_q <= MOST_ROWS_OF_A_SEQUENCE:
+        launch_decode(call, results)
+    elif plan.skip_decode is None:
+        launch_prefill(replace(call, plan=Plan()), results)
+    else:
+        takes = f"at most {MOST_ROWS_OF_A_SEQUENCE} rows a sequence"
+        remedy = "Use phase=Phase.PREFILL, or attention_reference."
+        raise UnsupportedCall(describe("plan.skip_decode", f"max_q {max_q}", takes, remedy))

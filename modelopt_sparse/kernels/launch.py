@@ -1,0 +1,194 @@
+"""Launch tiles, warps and stages: measured tables. Decision tiles are never chosen here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+
+# A block's shared memory is at least this on every GPU that Triton supports.
+_LEAST_SHARED_MEMORY = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    Args:
+        block_m, block_n: query rows and keys of a launch tile.
+        warps, stages: of a program; stages are tiles in flight.
+        late_values: values are loaded only when a tile is kept.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    late_values: bool = False
+
+
+def thriftier(launch: Launch, least_m: int = 16, least_n: int = 16) -> Iterator[Launch]:
+    """A launch, and then others that need less and less shared memory, down to blocks of this size."""
+    while True:
+        yield launch
+        if launch.stages > 1:
+            launch = replace(launch, stages=launch.stages - 1)
+        elif not launch.late_values:
+            # Then keys and values don't lie there at the same time.
+            launch = replace(launch, late_values=True)
+        elif launch.block_m > least_m:
+            launch = replace(launch, block_m=launch.block_m // 2)
+        elif launch.block_n > least_n:
+            launch = replace(launch, block_n=launch.block_n // 2)
+        else:
+            return
+
+
+def block_dim(dim: int) -> int:
+    """The power of two that holds a head dim, at least 16, the least of a tensor core."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use on a device."""
+    if device.type != "cuda":
+        return _LEAST_SHARED_MEMORY
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a device has."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def head_splits(group: int, programs: int, processors: int) -> int:
+    """Into how many shares the query heads of a KV head are split, given the programs without a split.
+
+    A program that walks all rows takes as long as half of all work does where there are few others: with
+    16 programs a multiprocessor the last ones to end no longer matter.
+    """
+    splits = 1
+    while group % (2 * splits) == 0 and programs * 2 * splits <= 16 * processors:
+        splits *= 2
+    return splits
+
+
+def prefill_launch(
+    dims: tuple[int, int],
+    itemsize: int,
+    has_nm: bool,
+    decision: tuple[int, int] | None,
+    grid_bytes: int,
+    capacity: int,
+) -> Launch:
+    """The launch of the prefill kernel.
+
+    Args:
+        dims: head dims of q and v. itemsize: bytes of an element.
+        has_nm: whether N:M is in force.
+        decision: (rows, keys) of a decision tile, if tiles are skipped or given.
+        grid_bytes: bytes that are read for each score, of masks and biases.
+        capacity: bytes of shared memory.
+    """
+    block_d, block_dv = block_dim(dims[0]), block_dim(dims[1])
+    widest = max(block_d, block_dv)
+    is_wide = widest > 128 or itemsize > 2
+    block_m, block_n = (64, 64) if is_wide or has_nm else (128, 128)
+    if itemsize > 2:
+        block_m, block_n = 64 if widest <= 128 else 32, 32
+    if decision is not None:
+        # A key tile decides as a whole. Row tiles decide apart, so a program may have several, at most 8.
+        block_m, block_n = min(max(block_m, decision[0]), 8 * decision[0]), decision[1]
+    bytes_q = block_m * block_d * itemsize
+    bytes_kv = block_n * (block_d + block_dv) * itemsize + block_m * block_n * grid_bytes
+    stages = max(1, min(3, (capacity - bytes_q) // bytes_kv))
+    late_values = bytes_q + bytes_kv > capacity
+    warps = 8 if block_m * max(block_n, widest) >= 128 * 128 else 4
+    if itemsize > 2:
+        warps = _exact_warps(block_m, block_n, widest)
+    return Launch(block_m, block_n, warps, stages, late_values)
+
+
+def _exact_warps(block_m: int, block_n: int, dim: int) -> int:
+    """Warps for products in fp32, whose every step is an instruction: enough to keep programs short."""
+    steps_of_a_warp = 32 * 2048
+    return min(16, max(4, block_m * block_n * dim // steps_of_a_warp))
+
+
+def decode_launch(
+    dims: tuple[int, int], itemsize: int, rows: int, block_keys: int | None, capacity: int
+) -> Launch:
+    """The launch of the decode kernel.
+
+    Args:
+        dims: head dims of q and v. itemsize: bytes of an element.
+        rows: of the heads of a program. block_keys: of a decision tile, if tiles are skipped.
+        capacity: bytes of shared memory.
+    """
+    block_m = max(16, triton.next_power_of_2(rows))
+    is_deciding = block_keys is not None
+    block_n = block_keys or 0
+    if not is_deciding:
+        block_m = min(block_m, 64)
+        block_n = 64 if itemsize == 2 else 32
+    bytes_k = block_n * block_dim(dims[0]) * itemsize
+    bytes_v = block_n * block_dim(dims[1]) * itemsize
+    # Values that may be skipped aren't loaded ahead.
+    ahead, once = (bytes_k, bytes_v) if is_deciding else (bytes_k + bytes_v, 0)
+    # Half the memory, so that two programs share a multiprocessor, if a tile can be loaded ahead.
+    room = capacity // 2 if capacity // 2 >= once + 2 * ahead else capacity
+    stages = max(1, min(3, (room - once) // ahead))
+    warps = 8 if block_m >= 64 else 4
+    if itemsize > 2:
+        warps = _exact_warps(block_m, block_n, max(map(block_dim, dims)))
+    return Launch(block_m, block_n, warps, stages)
+
+
+def backward_launch(
+    dims: tuple[int, int],
+    itemsize: int,
+    has_nm: bool,
+    decision: tuple[int, int] | None,
+    grid_bytes: int,
+    capacity: int,
+) -> tuple[Launch, Launch]:
+    """The launches of the backward kernels of query rows, and of keys and values.
+
+    Args:
+        dims, itemsize, grid_bytes, capacity: as for `prefill_launch`.
+        decision: (rows, keys) of a decision tile, where lists say which are computed.
+    """
+    per_row = (block_dim(dims[0]) + block_dim(dims[1])) * itemsize
+    widest = max(map(block_dim, dims))
+    if itemsize == 2 and widest <= 128:
+        queries, keys = (128, 64, 8), (128, 64, 8) if has_nm else (64, 128, 8)
+    elif itemsize == 2 and widest <= 256:
+        queries, keys = (64, 32, 8), (64, 32, 8) if has_nm else (32, 64, 8)
+    else:
+        size = 64 if widest <= 32 else 32
+        queries, keys = (size, size, 8), (size, size, 8)
+
+    def launch(block_m: int, block_n: int, warps: int, of_keys: bool) -> Launch:
+        if decision is not None:
+            # A list names decision tiles: a program's keys are at most one, its rows at most eight.
+            block_m, block_n = min(block_m, 8 * decision[0]), min(block_n, decision[1])
+        while True:
+            resident, moving = (block_n, block_m) if of_keys else (block_m, block_n)
+            # Beside the tiles that stay: a tile computed ahead, or weights on their way from rows to columns.
+            fixed = resident * per_row + max(moving * per_row // 2, 2 * block_m * block_n) + 4096
+            stages = (capacity - fixed) // (moving * per_row + block_m * block_n * grid_bytes)
+            if stages > 0 or max(block_m, block_n) == 16:
+                return Launch(
+                    block_m, block_n, warps, max(1, min(stages, 3 if itemsize == 2 else 1))
+                )
+            block_m, block_n = max(16, block_m // 2), max(16, block_n // 2)
+
+    return launch(*queries, False), launch(*keys, True)

@@ -1,0 +1,63 @@
+"""What the launches of both passes need: the right device, a clear error, zeros where no kernel writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from modelopt_sparse.errors import UnsupportedCall, describe
+
+from . import arguments
+from .check import Call
+from .launch import Launch, block_dim
+from .programs.clear import clear_kernel
+
+
+@contextmanager
+def launching(call: Call) -> Iterator[None]:
+    """Launches go to the tensors' device, not to the current one, and say so if they don't fit there.
+
+    Raises:
+        UnsupportedCall: a kernel needs more shared memory or registers than the GPU has.
+    """
+    device = call.q.device
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+    except OutOfResources as error:
+        dims = f"head dims {call.q.shape[-1]} and {call.v.shape[-1]}"
+        got = f"{dims} in {call.q.dtype}: {error}"
+        remedy = "Use smaller decision tiles, or attention_reference (backend 'pytorch')."
+        raise UnsupportedCall(describe("this call", got, "what fits the GPU", remedy)) from error
+
+
+def launch_first_that_fits(launches: Iterable[Launch], run: Callable[[Launch], None]) -> None:
+    """Runs a kernel as the first of some launches for which the GPU has what they need."""
+    refused = None
+    for launch in launches:
+        try:
+            run(launch)
+            return
+        except OutOfResources as error:
+            refused = error
+    assert refused is not None
+    raise refused
+
+
+def clear_unowned(x: Tensor, lse: Tensor | None, start: Tensor, length: Tensor) -> None:
+    """Writes 0 (and an lse of -inf) to the tokens that no sequence owns; kernels write all others.
+
+    Args:
+        x: [tokens, heads, dim]. lse: [tokens, heads], or None.
+        start, length: int32 [B], the tokens of each sequence.
+    """
+    tokens, heads, dim = x.shape
+    if tokens:
+        clear_kernel[(triton.cdiv(tokens, 128),)](
+            x, lse, arguments.strides(x), start, length, len(start), tokens, heads, dim, block_dim(dim)
+        )  # fmt: skip

@@ -1,0 +1,127 @@
+"""Launches of the prefill kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .boxes import boxes
+from .check import Call
+from .device.variant import Variant
+from .launch import Launch, prefill_launch, shared_memory, thriftier
+from .launching import launch_first_that_fits
+from .programs.lists import row_lists_kernel
+from .programs.prefill import prefill_kernel
+from .results import Results, scratch
+from .tiles import SUPER_ROWS, WORD_BITS, slot_count
+from .types import TileMap
+
+
+def launch_prefill(call: Call, results: Results, *, only_prefill: bool = False) -> None:
+    """Computes the sequences of a checked call that prefill.
+
+    Args:
+        call: its scale is above 0. `skip_decode` of its plan doesn't matter.
+        only_prefill: leave out sequences of one row; else all prefill.
+    """
+    skip = call.plan.skip
+    if skip is not None and skip.threshold is None:
+        # Only counted: the output stays that of the dense kernel, to the bit.
+        _launch(call, scratch(results), only_prefill)
+        call = replace(call, plan=replace(call.plan, skip=None))
+    _launch(call, results, only_prefill)
+
+
+def _launch(call: Call, results: Results, only_prefill: bool) -> None:
+    plan = call.plan
+    decision = None
+    if (decides := plan.skip or plan.tiles) is not None:
+        assert decides.block_rows is not None
+        decision = decides.block_rows, decides.block_keys
+    best = prefill_launch(
+        (call.q.shape[-1], call.v.shape[-1]),
+        call.q.element_size(),
+        plan.nm is not None,
+        decision,
+        arguments.grid_bytes(call),
+        shared_memory(call.q.device),
+    )
+    launches = thriftier(best, *(decision or ()))
+    launch_first_that_fits(launches, partial(_launch_as, call, results, only_prefill, decision))
+
+
+def _launch_as(
+    call: Call,
+    results: Results,
+    only_prefill: bool,
+    decision: tuple[int, int] | None,
+    launch: Launch,
+) -> None:
+    q, k, v, seqs, plan = call.q, call.k, call.v, call.seqs, call.plan
+    (rows, heads), batch = q.shape[:2], seqs.q_len.shape[0]
+    super_blocks = slot_count(rows, batch, seqs.max_q, SUPER_ROWS)
+    if not super_blocks:
+        return
+    nm, skip, tiles = plan.nm, plan.skip, plan.tiles
+    k_boxes, v_boxes, steps = boxes(k, v, launch.block_n, is_wanted=nm is None)
+    C = Variant(
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        STAGES=launch.stages,
+        HAS_LOWER_EDGE=call.bounds is not None or call.window is not None or nm is not None,
+        BOXES=k_boxes is not None,
+        N=nm.n if nm else 0,
+        M=nm.m if nm else 4,
+        SKIP=skip is not None,
+        GIVEN=tiles is not None,
+        GROUPS=launch.block_m // decision[0] if decision else 1,
+        STORE_TILES=skip is not None and results.words is not None,
+        LATE_VALUES=launch.late_values,
+        WEIGH_SKIPPED=skip is not None and (results.dropped is not None or skip.exact_normalizer),
+        EXACT=skip is not None and skip.exact_normalizer,
+        THRESHOLDS=arguments.padded(len(skip.count_thresholds)) if skip else 0,
+        ONLY_PREFILL=only_prefill,
+        **arguments.features(call),
+    )
+    blocks = super_blocks * (SUPER_ROWS // launch.block_m)
+    lists, list_stride = _lists(tiles, blocks, heads, C.GROUPS)
+    dropped = results.dropped
+    if C.WEIGH_SKIPPED and dropped is None:
+        dropped = torch.empty_like(results.lse)
+    prefill_kernel[(blocks * heads,)](
+        q, k, v, results.out, results.lse, k_boxes, v_boxes, *steps,
+        *(arguments.strides(x) for x in (q, k, v, results.out)),
+        *arguments.sequences(seqs), super_blocks, heads, heads // k.shape[1],
+        call.bounds, arguments.window(call.window),
+        *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
+        call.sinks, call.scale, call.softcap or 0.0,
+        *arguments.shields(nm),
+        *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip, q.device),
+        results.prefill, results.words, 0 if results.words is None else results.words.shape[2],
+        *lists, list_stride, results.bound, dropped,
+        C, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+
+
+def _lists(
+    tiles: TileMap | None, blocks: int, heads: int, groups: int
+) -> tuple[tuple[Tensor | None, ...], int]:
+    """The key tiles that each row block computes, and the elements from list to list."""
+    if tiles is None:
+        return (None, None, None), 0
+    words = tiles.words.contiguous()
+    n_words = words.shape[2]
+    shape, device = (blocks, heads, n_words * WORD_BITS), words.device
+    lists = (
+        torch.empty(shape, dtype=torch.int16, device=device),
+        torch.empty(shape, dtype=torch.uint8, device=device),
+        torch.empty(shape[:2], dtype=torch.int32, device=device),
+    )
+    row_lists_kernel[(blocks, heads)](
+        words, *lists, heads, n_words, n_words * WORD_BITS, groups, num_warps=4
+    )
+    return lists, n_words * WORD_BITS

@@ -1,0 +1,145 @@
+"""The loop: visits key tiles, decides, and accumulates softmax(scores) @ V."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from modelopt_sparse.kernels.device.scores import (
+    columns_to_keys,
+    load_k,
+    load_v,
+    transform,
+    visible,
+)
+from modelopt_sparse.kernels.device.softmax import rescale
+from modelopt_sparse.kernels.device.visits import ordered_tile, takes_part
+from modelopt_sparse.kernels.stages.nm import nm_select, nm_shielded
+from modelopt_sparse.kernels.stages.skip import bit_count, count_skipped, store_tiles, vote
+
+
+@triton.jit
+def attend(
+    state, start, stop, q, kv, rows, visits, given, words, grids, numbers, skipping,
+    C: tl.constexpr, IS_EDGE: tl.constexpr,
+):  # fmt: skip
+    """Attends to the key tiles of visits number `start` to `stop`.
+
+    Args:
+        state: (acc [BLOCK_M, BLOCK_DV], total, running, bound, lost [BLOCK_M], tallies): sums of exponentials
+            kept, running max (log2), bound on and sum of exponentials skipped, and tile counts.
+        q: [BLOCK_M, BLOCK_D].
+        kv: (k, v, k_stride, v_stride, k_box, v_box): see `load_k`.
+        rows: (position, low, high, is_row, group [BLOCK_M], first_key, stop_key, has_gaps): what rows see,
+            from the first key to one past the last, and whether there may be keys in between that none sees.
+        visits: (order, last, first), see `visits`.
+        given: pointers to a list's tiles and to the row tiles that compute them.
+        words: (pointer, step), where decisions are stored.
+        grids: (mask, bias) as for `visible`.
+        numbers: (n_k, factor, scale_log2, softcap, nm): `factor` makes log2 scores of C.IS_RAW ones.
+        skipping: (log2(lambda), further thresholds [THRESHOLDS]).
+        IS_EDGE: in these tiles a row may not see a key, or not take part; else all rows see all keys.
+    Returns:
+        state.
+    """
+    acc, total, running, bound, lost, tallies = state
+    visible_tiles, skipped_tiles, below = tallies
+    position, low, high, is_row, group, first_key, stop_key, has_gaps = rows
+    order, last, first = visits
+    given_tiles, given_groups = given
+    mask, bias = grids
+    n_k, factor, scale_log2, softcap, nm = numbers
+    threshold, counted = skipping
+    # A loop ends while its last product is still being computed. In a branch of its own, the sums
+    # of a loop that does not run (zeros, set just then) meet the result only after the wait for it;
+    # otherwise ptxas may serialise all products (C7515).
+    if start < stop:
+        for visit in tl.range(start, stop, num_stages=C.STAGES):
+            takes_rows = is_row
+            if C.GIVEN:
+                tile = tl.load(given_tiles + visit).to(tl.int32)
+                if C.GROUPS > 1:
+                    groups = tl.load(given_groups + visit).to(tl.int32)
+                    takes_rows = is_row & (((groups >> group) & 1) != 0)
+            elif C.SKIP:
+                tile = ordered_tile(visit, order)
+                if IS_EDGE:
+                    takes_rows = is_row & takes_part(visit, tile, order, last, first)
+            else:
+                tile = order[0] - visit
+
+            # The values are loaded before it is known whether they are needed: so the load stays in
+            # the pipeline.
+            keys = tile * C.BLOCK_N + columns_to_keys(C)
+            is_key = (keys >= first_key) & (keys < stop_key)
+            k_tile = load_k(kv, tile, is_key, C, IS_EDGE)
+            if not C.LATE_VALUES:
+                v_tile = load_v(
+                    kv, tile, keys, is_key, low, high, takes_rows, has_gaps, grids, C, IS_EDGE
+                )
+
+            scores = tl.dot(q, tl.trans(k_tile), input_precision=C.PRECISION)
+            scores = transform(scores, keys, n_k, is_row, bias, scale_log2, softcap, C)
+            if IS_EDGE:
+                seen = visible(keys, low, high, takes_rows, mask, bias, C)
+                scores = tl.where(seen, scores, float("-inf"))
+            if C.N > 0:
+                chosen = nm_select(scores, C.N, C.M)
+                if IS_EDGE:
+                    chosen = tl.where(nm_shielded(position, keys, nm[0], nm[1]), scores, chosen)
+                scores = chosen
+            tile_max = tl.max(scores, 1) * factor
+
+            SELECTS: tl.constexpr = C.GROUPS > 1 and (C.SKIP or C.GIVEN)
+            stays = takes_rows
+            any_kept = True
+            if C.SKIP:
+                kept, seen_by = vote(tile_max, running, threshold, is_row, group)
+                any_kept = kept != 0
+                visible_tiles += bit_count(seen_by, C.GROUPS)
+                skipped_tiles += bit_count(seen_by ^ kept, C.GROUPS)
+                if C.THRESHOLDS > 0:
+                    below = count_skipped(
+                        tile_max, running, counted, is_row, group, below, C.GROUPS
+                    )
+                if C.STORE_TILES:
+                    store_tiles(words[0], words[1], tile, kept, C.GROUPS)
+                stays = ((kept >> group) & 1) != 0
+
+            if C.WEIGH_SKIPPED or any_kept:
+                if SELECTS and not C.WEIGH_SKIPPED:
+                    most = tile_max
+                    tile_max = tl.where(stays, tile_max, float("-inf"))
+                new, pivot, alpha = rescale(running, tile_max)
+                if C.SKIP and (C.GROUPS > 1 or C.WEIGH_SKIPPED):
+                    if C.WEIGH_SKIPPED:
+                        most = tile_max
+                    bound += tl.where(
+                        stays | (most == float("-inf")), 0.0, C.BLOCK_N * tl.exp2(most - running)
+                    )
+                if SELECTS and not C.WEIGH_SKIPPED:
+                    # Exponentials of rows whose tile is skipped are 0.
+                    pivot = tl.where(stays, pivot, float("inf"))
+                acc *= alpha[:, None]
+                p = tl.exp2(scores * factor - pivot[:, None])
+                tile_sum = tl.sum(p, 1)
+                if C.LATE_VALUES:
+                    v_tile = load_v(
+                        kv, tile, keys, is_key, low, high, takes_rows, has_gaps, grids, C, IS_EDGE
+                    )
+                if C.WEIGH_SKIPPED:
+                    p = tl.where(stays[:, None], p, 0.0)
+                    lost = lost * alpha + tl.where(stays, 0.0, tile_sum)
+                    tile_sum = tl.where(stays, tile_sum, 0.0)
+                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=C.PRECISION)
+                total = total * alpha + tile_sum
+                if C.SKIP:
+                    bound *= alpha
+                running = new
+            elif C.SKIP:
+                # A bound on what a skipped tile holds, by its largest score; -inf minus -inf where a
+                # row sees nothing.
+                bound += tl.where(
+                    tile_max == float("-inf"), 0.0, C.BLOCK_N * tl.exp2(tile_max - running)
+                )
+    return acc, total, running, bound, lost, (visible_tiles, skipped_tiles, below)

@@ -1,0 +1,293 @@
+"""The decode kernel: a program attends for the rows of a sequence, in heads that share a KV head.
+
+All its rows vote together, over segments of key tiles that begin from the same seed. Source: BLASST
+(arXiv 2512.12087).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from modelopt_sparse.kernels.device.scores import (
+    columns_to_keys,
+    grid_pointers,
+    load_k,
+    load_rows,
+    load_v,
+    transform,
+    visible,
+)
+from modelopt_sparse.kernels.device.sequence import first_position, row_limits
+from modelopt_sparse.kernels.device.softmax import LOG2_E, finish, rescale
+from modelopt_sparse.kernels.device.visits import block_limits, seen_tiles, tile_limits
+from modelopt_sparse.kernels.stages.skip import count_skipped, vote
+
+_FAR = tl.constexpr(2**30)
+
+
+@triton.jit
+def seen_scores(q, tile, kv, rows, grids, numbers, C: tl.constexpr):
+    """Scores of a tile, and each row's largest.
+
+    Returns:
+        scores [BLOCK_M, BLOCK_N], times `factor` log2; -inf where a row doesn't see a key.
+        largest [BLOCK_M] log2; inf where a score is NaN.
+    """
+    low, high, is_row, first_key, stop_key, _has_gaps = rows
+    mask, bias = grids
+    n_k, factor, scale_log2, softcap = numbers
+    keys = tile * C.BLOCK_N + columns_to_keys(C)
+    k_tile = load_k(kv, tile, (keys >= first_key) & (keys < stop_key), C, True)
+    scores = tl.dot(q, tl.trans(k_tile), input_precision=C.PRECISION)
+    scores = transform(scores, keys, n_k, is_row, bias, scale_log2, softcap, C)
+    seen = visible(keys, low, high, is_row, mask, bias, C)
+    scores = tl.where(seen, scores, float("-inf"))
+    # The max of numbers and a NaN is a number: a tile must not be skipped that has one.
+    largest = tl.max(tl.where(scores == scores, scores, float("inf")), 1) * factor
+    return scores, largest
+
+
+@triton.jit
+def seed_of_rows(q, top, bottom, kv, rows, grids, numbers, C: tl.constexpr):
+    """The largest log2 score of each row's own last and first visible tile: [BLOCK_M]."""
+    low, high = rows[0], rows[1]
+    sees = high > low
+    last = tl.where(sees, (high + C.BLOCK_N - 1) // C.BLOCK_N - 1, -1)
+    first = tl.where(sees, low // C.BLOCK_N, _FAR)
+    if C.HAS_GRIDS:
+        last, first = seen_tiles(low, high, sees, top, bottom, grids, C)
+    greatest_last = tl.max(last, 0)
+    least_last = tl.min(tl.where(last >= 0, last, _FAR), 0)
+    least_first = tl.min(first, 0)
+    greatest_first = tl.max(tl.where(first < _FAR, first, -1), 0)
+    n_last = tl.maximum(greatest_last - least_last + 1, 0)
+    n_first = tl.maximum(greatest_first - least_first + 1, 0)
+    seed = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
+    for visit in tl.range(0, n_last + n_first, num_stages=C.STAGES):
+        tile = tl.where(visit < n_last, greatest_last - visit, least_first + visit - n_last)
+        _scores, largest = seen_scores(q, tile, kv, rows, grids, numbers, C)
+        seed = tl.maximum(seed, tl.where((tile == last) | (tile == first), largest, float("-inf")))
+    return seed
+
+
+@triton.jit
+def attend_decode(q, top, bottom, kv, rows, grids, numbers, skipping, words, C: tl.constexpr):
+    """Attends to the key tiles from `top` down to `bottom`, whose decisions begin anew in each segment.
+
+    Args:
+        rows: (low, high, is_row [BLOCK_M], first_key, stop_key, has_gaps), as for `attend`.
+        skipping: (seed, log2(lambda) [BLOCK_M], further thresholds [THRESHOLDS], tiles of a segment).
+        words: (pointers [HEADS], which exist): where the decisions of each head are stored.
+    Returns:
+        acc [BLOCK_M, BLOCK_DV]; total, running, bound, lost [BLOCK_M]; tallies: see `attend`.
+    """
+    low, high, is_row, first_key, stop_key, has_gaps = rows
+    factor = numbers[1]
+    seed, threshold, counted, segment_tiles = skipping
+    group = tl.arange(0, C.BLOCK_M) * 0
+    none = tl.full([C.BLOCK_M], 0.0, tl.float32)
+    acc = tl.full([C.BLOCK_M, C.BLOCK_DV], 0.0, tl.float32)
+    total = none
+    bound = none
+    lost = none
+    # A row's largest score is never skipped, so a row that starts at its seed ends at that score.
+    running = seed
+    local = seed
+    visible_tiles = top * 0
+    skipped_tiles = top * 0
+    word = top * 0
+    below = word
+    if C.THRESHOLDS > 0:
+        below = tl.full([C.THRESHOLDS], 0, tl.int32)
+    for visit in tl.range(0, top - bottom + 1, num_stages=C.STAGES):
+        tile = top - visit
+        keys = tile * C.BLOCK_N + columns_to_keys(C)
+        is_key = (keys >= first_key) & (keys < stop_key)
+        scores, tile_max = seen_scores(q, tile, kv, rows, grids, numbers, C)
+        any_kept = True
+        if C.SKIP:
+            local = tl.where((tile + 1) % segment_tiles == 0, seed, local)
+            # After a NaN nothing is known to lie below it.
+            known = tl.where(local == float("inf"), float("-inf"), local)
+            kept, seen = vote(tile_max, known, threshold, is_row, group)
+            any_kept = kept != 0
+            visible_tiles += seen
+            skipped_tiles += seen - kept
+            if C.THRESHOLDS > 0:
+                below = count_skipped(tile_max, known, counted, is_row, group, below, 1)
+            if C.STORE_TILES:
+                word = word | (kept << (tile & 31))
+                if ((tile & 31) == 0) | (tile == bottom):
+                    tl.store(words[0] + (tile >> 5), word, mask=words[1])
+                    word = 0
+            local = tl.maximum(local, tile_max)
+
+        if any_kept:
+            v_tile = load_v(kv, tile, keys, is_key, low, high, is_row, has_gaps, grids, C, True)
+            running, pivot, alpha = rescale(running, tile_max)
+            p = tl.exp2(scores * factor - pivot[:, None])
+            acc *= alpha[:, None]
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=C.PRECISION)
+            total = total * alpha + tl.sum(p, 1)
+            if C.SKIP:
+                bound *= alpha
+                lost *= alpha
+        elif C.SKIP:
+            # -inf minus -inf where a row sees nothing.
+            pivot = tl.where(running == float("-inf"), 0.0, running)
+            bound += C.BLOCK_N * tl.exp2(tile_max - pivot)
+            if C.WEIGH_SKIPPED:
+                lost += tl.sum(tl.exp2(scores * factor - pivot[:, None]), 1)
+    return acc, total, running, bound, lost, (visible_tiles, skipped_tiles, below)
+
+
+@triton.jit
+def share(part, rest):
+    """The share of `part` in the whole, 0 where there is nothing."""
+    whole = part + rest
+    return part / tl.where(whole == 0, 1.0, whole)
+
+
+_NOT_SPECIALISED = [
+    "n_heads", "group", "n_members", "n_blocks", "max_q", "window", "n_words", "segment_tiles",
+    "log2_threshold", "mask_strides", "bias_strides",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+def decode_kernel(
+    q, k, v, out, lse,
+    q_strides, k_strides, v_strides, out_strides,
+    q_start, q_len, k_start, k_len, n_heads, group, n_members, n_blocks, max_q,
+    bounds, window,
+    mask, mask_row_start, mask_key_start, mask_strides,
+    bias, bias_row_start, bias_key_start, bias_strides,
+    sinks, scale, softcap,
+    log2_threshold, log2_thresholds, threshold_strides, count_thresholds, counts, segment_tiles,
+    words, n_words, dropped_bound, dropped,
+    C: tl.constexpr,
+):  # fmt: skip
+    """One program: C.BLOCK_M rows of `n_members` query heads of one KV head, and of one sequence.
+
+    Tensors are as for `forward_kernel`, but `words` is int32 [B, Hq, n_words].
+
+    Args:
+        n_members: query heads of a program: all of a group, or one that votes alone.
+        n_blocks: programs that share the rows of these heads; 1 where tiles are skipped.
+        max_q: rows of a sequence at most.
+    """
+    pid = tl.program_id(0)
+    block = pid % n_blocks
+    pid = pid // n_blocks
+    n_units = n_heads // n_members
+    first_head = pid % n_units * n_members
+    sequence = pid // n_units
+    n_q = tl.load(q_len + sequence)
+    if C.ALL_DECODE:
+        if n_q == 0:
+            return
+    elif n_q != 1:
+        return
+    n_k = tl.load(k_len + sequence)
+
+    # Rows of one head lie together.
+    place = block * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+    index = place % max_q
+    head = first_head + place // max_q
+    is_row = (place < n_members * max_q) & (index < n_q)
+    first = first_position(n_q, n_k, C.CAUSAL)
+    position = first + index
+    row = tl.load(q_start + sequence) + index
+    low, high = row_limits(position, row, is_row, n_k, bounds, window, C.CAUSAL, C.HAS_BOUNDS)
+    limits = block_limits(low, high, is_row, first, first + n_q - 1, n_k, window, C)
+    top, bottom, _full_top, _full_bottom = tile_limits(limits, first, 0, 0, C)
+    first_key, stop_key, full_low, full_high = limits
+
+    kv_head = (first_head // group).to(tl.int64)
+    key = tl.load(k_start + sequence).to(tl.int64)
+    k_token, k_head = k_strides
+    v_token, v_head = v_strides
+    k += key * k_token + kv_head * k_head
+    v += key * v_token + kv_head * v_head
+    q_token, q_head = q_strides
+    each_head = head.to(tl.int64)[:, None]
+    q_tile = load_rows(q + each_head * q_head, q_token, row, is_row, C.HEAD_DIM, C.BLOCK_D)
+    if C.UPCAST:
+        q_tile = q_tile.to(tl.float32)
+    mask_grid = (0, 0)
+    bias_grid = (0, 0)
+    if C.HAS_MASK:
+        pointers = grid_pointers(
+            mask, mask_row_start, mask_key_start, mask_strides, sequence, each_head, index
+        )
+        mask_grid = (pointers, mask_strides[3])
+    if C.HAS_BIAS:
+        pointers = grid_pointers(
+            bias, bias_row_start, bias_key_start, bias_strides, sequence, each_head, index
+        )
+        bias_grid = (pointers, bias_strides[3])
+    grids = (mask_grid, bias_grid)
+
+    scale_log2 = scale * LOG2_E
+    factor = scale_log2 if C.IS_RAW else 1.0
+    kv = (k, v, k_token, v_token, None, None)
+    rows = (low, high, is_row, first_key, stop_key, full_low > full_high)
+    numbers = (n_k, factor, scale_log2, softcap)
+    seed = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
+    threshold = seed
+    counted = 0.0
+    members = first_head + tl.arange(0, C.HEADS)
+    is_member = tl.arange(0, C.HEADS) < n_members
+    head_words = (q_len, is_member)
+    if C.SKIP:
+        seed = seed_of_rows(q_tile, top, bottom, kv, rows, grids, numbers, C)
+        if log2_thresholds is not None:
+            by_sequence, by_head = threshold_strides
+            place = sequence * by_sequence + head * by_head
+            threshold = tl.load(log2_thresholds + place, mask=is_row, other=0.0)
+        else:
+            threshold = tl.full([C.BLOCK_M], 0.0, tl.float32) + log2_threshold
+        if C.THRESHOLDS > 0:
+            counted = tl.load(count_thresholds + tl.arange(0, C.THRESHOLDS))
+        if C.STORE_TILES:
+            head_words = (words + (sequence.to(tl.int64) * n_heads + members) * n_words, is_member)
+    skipping = (seed, threshold, counted, segment_tiles)
+    acc, total, running, bound, lost, tallies = attend_decode(
+        q_tile, top, bottom, kv, rows, grids, numbers, skipping, head_words, C
+    )
+
+    sink = 0.0
+    if C.HAS_SINKS:
+        sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+    values, row_lse, kept_sum, rescaled = finish(
+        acc, total, running, lost, sink, C.HAS_SINKS, C.EXACT
+    )
+    out_token, out_head = out_strides
+    channel = tl.arange(0, C.BLOCK_DV)
+    pointers = out + each_head * out_head + row.to(tl.int64)[:, None] * out_token + channel[None, :]
+    tl.store(
+        pointers,
+        values.to(out.dtype.element_ty),
+        mask=is_row[:, None] & (channel < C.HEAD_DIM_V)[None, :],
+    )
+    entry = row.to(tl.int64) * n_heads + head
+    tl.store(lse + entry, row_lse, mask=is_row)
+    if C.SKIP:
+        visible_tiles, skipped_tiles, below = tallies
+        # Heads that vote together have the same tiles.
+        zeros = tl.full([C.HEADS], 0, tl.int64)
+        if counts is not None:
+            of_head = counts + members
+            tl.atomic_add(of_head, zeros + visible_tiles, mask=is_member, sem="relaxed")
+            tl.atomic_add(of_head + n_heads, zeros + skipped_tiles, mask=is_member, sem="relaxed")
+        if C.THRESHOLDS > 0:
+            further_one = tl.arange(0, C.THRESHOLDS)[None, :]
+            further = counts + (2 + further_one) * n_heads + members[:, None]
+            # A mask of the full shape: Triton's interpreter misreads one that is broadcast.
+            exists = is_member[:, None] & (further_one >= 0)
+            tl.atomic_add(further, zeros[:, None] + below[None, :], mask=exists, sem="relaxed")
+        if dropped_bound is not None:
+            tl.store(dropped_bound + entry, share(bound * rescaled, kept_sum), mask=is_row)
+        if dropped is not None:
+            tl.store(dropped + entry, share(lost * rescaled, kept_sum), mask=is_row)

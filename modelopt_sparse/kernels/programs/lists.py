@@ -1,0 +1,147 @@
+"""Lists of key tiles from a bitmap, so that a kernel walks the tiles it computes and no others."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from modelopt_sparse.kernels.device.sequence import (
+    find_sequence,
+    first_position,
+    first_super_block,
+    row_limits,
+)
+
+# Words of 32 tiles that a program expands at a time.
+_WORDS = tl.constexpr(16)
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_words", "list_stride"])
+def row_lists_kernel(
+    words, lists, groups_of, lengths, n_heads, n_words, list_stride, GROUPS: tl.constexpr
+):
+    """The key tiles of one row block of one head, the last first.
+
+    Args:
+        words: int32 [slots, Hq, n_words].
+        lists: int16 [slots / GROUPS, Hq, list_stride], tiles. groups_of: uint8 of the same shape, the bits
+            of the block's GROUPS row tiles that compute a tile. lengths: int32 [slots / GROUPS, Hq].
+            (Narrow, for an asynchronous copy of what an address depends on would wait for all others.)
+    """
+    block = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    mine = words + (block * GROUPS * n_heads + head) * n_words
+    place = block * n_heads + head
+    bit = 31 - tl.arange(0, 32)
+    length = 0
+    for chunk in range(0, n_words, _WORDS):
+        word = n_words - 1 - chunk - tl.arange(0, _WORDS)
+        groups = tl.full([_WORDS * 32], 0, tl.int32)
+        for g in tl.static_range(GROUPS):
+            row = tl.load(mine + g * n_heads * n_words + word, mask=word >= 0, other=0)
+            set_bits = (row[:, None] >> bit[None, :]) & 1
+            groups |= tl.reshape(set_bits, [_WORDS * 32]) << g
+        tile = tl.reshape(word[:, None] * 32 + bit[None, :], [_WORDS * 32])
+        taken = (groups != 0).to(tl.int32)
+        at = length + tl.cumsum(taken, 0) - 1
+        tl.store(lists + place * list_stride + at, tile.to(tl.int16), mask=taken != 0)
+        tl.store(groups_of + place * list_stride + at, groups.to(tl.uint8), mask=taken != 0)
+        length += tl.sum(taken, 0)
+    tl.store(lengths + place, length)
+
+
+_NOT_SPECIALISED = [
+    "n_sequences", "n_heads", "window", "num_sink_tokens", "dense_window_size", "n_words", "list_stride",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+def column_lists_kernel(
+    words, n_words, lists, groups_of, lengths, list_stride,
+    q_start, q_len, k_len, n_sequences, n_heads,
+    bounds, window, num_sink_tokens, dense_window_size,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The row blocks that compute the key tiles of one super-block of keys, for one head.
+
+    Row blocks are counted from the super-block of the sequence's first row. They are listed from the front of
+    a list, the first one first; from its end, those of which some row may not see some key.
+
+    Args:
+        words: as for `row_lists_kernel`; for C.GIVEN.
+        lists: int16 [key tiles, heads, list_stride]. groups_of: int8 of the same shape, as for
+            `row_lists_kernel`. lengths: int32 [key tiles, heads, 2], of the two lists. Without C.GIVEN all
+            heads are one.
+    """
+    PARTS: tl.constexpr = 128 // C.BLOCK_N
+    GROUPS: tl.constexpr = C.GROUPS
+    # Row blocks that a program looks at together.
+    BLOCKS: tl.constexpr = 32
+    super_block = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence, number = find_sequence(super_block, q_len, k_len, n_sequences, True, C.CAUSAL)
+    if sequence < 0:
+        return
+    n_q = tl.load(q_len + sequence)
+    n_k = tl.load(k_len + sequence)
+    first = first_position(n_q, n_k, C.CAUSAL)
+    first_row = tl.load(q_start + sequence)
+    base = (first >> 7) * 128
+    n_blocks = tl.where(n_q > 0, (first + n_q - 1 - base) // C.BLOCK_M + 1, 0)
+    part = tl.arange(0, PARTS)
+    key = (number * PARTS + part) * C.BLOCK_N
+    place = (super_block * PARTS + part).to(tl.int64)
+    if C.GIVEN:
+        place = place * n_heads + head
+        first_slot = first_super_block(sequence, q_len, k_len, n_sequences, C.CAUSAL) * (
+            128 // C.TILE_ROWS
+        )
+        tile = key // C.TILE_KEYS
+    n_full = part * 0
+    n_edges = part * 0
+    for start in range(0, n_blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        position = base + block[:, None] * C.BLOCK_M + tl.arange(0, C.BLOCK_M)[None, :]
+        is_row = (position >= first) & (position < first + n_q)
+        row = first_row + position - first
+        low, high = row_limits(position, row, is_row, n_k, bounds, window, C.CAUSAL, C.HAS_BOUNDS)
+        sees = high > low
+        lowest = tl.min(tl.where(sees, low, 2**30), 1)
+        highest = tl.max(tl.where(sees, high, 0), 1)
+        full_low = tl.max(low, 1)
+        full_high = tl.min(tl.where(is_row, high, 0), 1)
+        if C.N > 0:
+            full_low = tl.maximum(full_low, num_sink_tokens)
+            full_high = tl.minimum(full_high, tl.min(position, 1) - dense_window_size + 1)
+        taken = (key[None, :] < highest[:, None]) & (key[None, :] + C.BLOCK_N > lowest[:, None])
+        is_edge = (key[None, :] + C.BLOCK_N > full_high[:, None]) | (
+            key[None, :] < full_low[:, None]
+        )
+        if C.ONLY_EDGES:
+            is_edge = is_edge | True
+        groups = is_edge.to(tl.int32) * 0
+        if C.GIVEN:
+            for g in tl.static_range(GROUPS):
+                slot = (first_slot + (block * C.BLOCK_M + g * C.TILE_ROWS) // C.TILE_ROWS).to(
+                    tl.int64
+                )
+                of_tiles = (
+                    words + ((slot * n_heads + head) * n_words)[:, None] + (tile >> 5)[None, :]
+                )
+                word = tl.load(
+                    of_tiles, mask=(block < n_blocks)[:, None] & (key < n_k)[None, :], other=0
+                )
+                groups |= ((word >> (tile & 31)[None, :]) & 1) << g
+            taken = taken & (groups != 0)
+        is_full = (taken & (is_edge == 0)).to(tl.int32)
+        is_edge = (taken & is_edge).to(tl.int32)
+        entry = block[:, None] + part[None, :] * 0
+        at_full = n_full[None, :] + tl.cumsum(is_full, 0) - 1
+        at_edge = list_stride - n_edges[None, :] - tl.cumsum(is_edge, 0)
+        at = (place * list_stride)[None, :] + tl.where(is_full != 0, at_full, at_edge)
+        tl.store(lists + at, entry.to(tl.int16), mask=taken)
+        tl.store(groups_of + at, groups.to(tl.uint8), mask=taken)
+        n_full += tl.sum(is_full, 0)
+        n_edges += tl.sum(is_edge, 0)
+    tl.store(lengths + place * 2, n_full)
+    tl.store(lengths + place * 2 + 1, n_edges)

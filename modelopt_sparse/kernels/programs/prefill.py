@@ -1,0 +1,239 @@
+"""The prefill kernel: a program attends for some query rows of one head, over the keys of its sequence."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from modelopt_sparse.kernels.device.scores import grid_pointers, load_rows
+from modelopt_sparse.kernels.device.sequence import find_sequence, first_position, row_limits
+from modelopt_sparse.kernels.device.softmax import LOG2_E, finish
+from modelopt_sparse.kernels.device.visits import block_limits, row_tile_limits, tile_limits
+from modelopt_sparse.kernels.stages.skip import row_tile_of_rows
+
+from .attend import attend
+
+# Heads that run at the same time, so that their keys stay in the cache.
+HEADS_TOGETHER = tl.constexpr(8)
+
+_NOT_SPECIALISED = [
+    "n_sequences", "n_super_blocks", "n_heads", "group", "window", "num_sink_tokens", "dense_window_size",
+    "n_words", "list_stride", "log2_threshold", "box_rows", "box_columns", "v_box_columns", "mask_strides",
+    "bias_strides",
+]  # fmt: skip
+
+
+@triton.jit
+def program_place(pid, n_blocks, n_heads):
+    """Head and row block of a program: the last rows, which see most, come first."""
+    of_heads = HEADS_TOGETHER * n_blocks
+    first_head = pid // of_heads * HEADS_TOGETHER
+    n_here = tl.minimum(n_heads - first_head, HEADS_TOGETHER)
+    place = pid % of_heads
+    return first_head + place % n_here, n_blocks - 1 - place // n_here
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+def prefill_kernel(
+    q, k, v, out, lse, k_boxes, v_boxes, box_rows, box_columns, v_box_columns,
+    q_strides, k_strides, v_strides, out_strides,
+    q_start, q_len, k_start, k_len, n_sequences, n_super_blocks, n_heads, group,
+    bounds, window,
+    mask, mask_row_start, mask_key_start, mask_strides,
+    bias, bias_row_start, bias_key_start, bias_strides,
+    sinks, scale, softcap,
+    num_sink_tokens, dense_window_size,
+    log2_threshold, log2_thresholds, threshold_strides, count_thresholds, counts,
+    words, n_words, lists, list_groups, list_lengths, list_stride,
+    dropped_bound, dropped,
+    C: tl.constexpr,
+):  # fmt: skip
+    """One program: C.BLOCK_M positions of one query head.
+
+    Tensors are those of `attention_varlen`; strides are (token, head), those of grids all four. `counts` is
+    int64 [2 + thresholds, Hq]: visible, skipped, and skipped under each further threshold.
+    """
+    PARTS: tl.constexpr = 128 // C.BLOCK_M
+    head, block = program_place(tl.program_id(0), n_super_blocks * PARTS, n_heads)
+    super_block = block // PARTS
+    sequence, number = find_sequence(super_block, q_len, k_len, n_sequences, False, C.CAUSAL)
+    if sequence < 0:
+        return
+    n_q = tl.load(q_len + sequence)
+    n_k = tl.load(k_len + sequence)
+    if C.ONLY_PREFILL:
+        if n_q == 1:
+            return
+
+    first = first_position(n_q, n_k, C.CAUSAL)
+    position = ((first >> 7) + number) * 128 + (block % PARTS) * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+    is_row = (position >= first) & (position < first + n_q)
+    row = tl.load(q_start + sequence) + position - first
+    start = ((first >> 7) + number) * 128 + (block % PARTS) * C.BLOCK_M
+    first_row = tl.maximum(start, first)
+    last_row = tl.minimum(start + C.BLOCK_M, first + n_q) - 1
+    if first_row > last_row:
+        return
+    low, high = row_limits(position, row, is_row, n_k, bounds, window, C.CAUSAL, C.HAS_BOUNDS)
+    limits = block_limits(low, high, is_row, first_row, last_row, n_k, window, C)
+
+    kv_head = head // group
+    first_key = tl.load(k_start + sequence).to(tl.int64)
+    k_token, k_head = k_strides
+    v_token, v_head = v_strides
+    k += first_key * k_token + kv_head.to(tl.int64) * k_head
+    v += first_key * v_token + kv_head.to(tl.int64) * v_head
+    q_token, q_head = q_strides
+    q += head.to(tl.int64) * q_head
+    q_tile = load_rows(q, q_token, row, is_row, C.HEAD_DIM, C.BLOCK_D)
+    if C.UPCAST:
+        q_tile = q_tile.to(tl.float32)
+    scale_log2 = scale * LOG2_E
+    factor = scale_log2 if C.IS_RAW else 1.0
+
+    mask_grid = (0, 0)
+    bias_grid = (0, 0)
+    if C.HAS_MASK:
+        pointers = grid_pointers(
+            mask, mask_row_start, mask_key_start, mask_strides, sequence, head, position - first
+        )
+        mask_grid = (pointers, mask_strides[3])
+    if C.HAS_BIAS:
+        pointers = grid_pointers(
+            bias, bias_row_start, bias_key_start, bias_strides, sequence, head, position - first
+        )
+        bias_grid = (pointers, bias_strides[3])
+    grids = (mask_grid, bias_grid)
+
+    top, bottom, full_top, full_bottom = tile_limits(
+        limits, first_row, num_sink_tokens, dense_window_size, C
+    )
+    n_visits = tl.maximum(top - bottom + 1, 0)
+    n_full = tl.maximum(full_top - full_bottom + 1, 0)
+    n_edge = tl.where(n_full > 0, top - full_top, n_visits)
+    order = (top, bottom, 0, 0)
+    visit = top * 0
+    group_of_row = row_tile_of_rows(C.BLOCK_M, C.GROUPS)
+    last = group_of_row
+    first_tile = group_of_row
+    given = (q_len, q_len)
+    tile_words = (q_len, 0)
+    slot = super_block * PARTS + block % PARTS
+    if C.GIVEN:
+        place = slot.to(tl.int64) * n_heads + head
+        given = (lists + place * list_stride, list_groups + place * list_stride)
+        n_visits = tl.load(list_lengths + place)
+        visit, n_edge, n_full, n_visits = list_limits(
+            given[0], n_visits, top, full_top, full_bottom, bottom
+        )
+        n_full -= n_edge
+    if C.SKIP:
+        last, first_tile, least_last, greatest_first = row_tile_limits(
+            low, high, top, bottom, start, first_row, last_row, n_k, window, group_of_row, grids, C
+        )  # fmt: skip
+        n_last = tl.minimum(top - least_last + 1, n_visits)
+        n_first = tl.where(top > bottom, greatest_first - bottom + 1, 0)
+        order = (top, bottom, n_last, n_first)
+        n_visits = tl.maximum(n_last + n_first + top - bottom - 1, n_last)
+        full_top = tl.minimum(full_top, least_last - 1)
+        full_bottom = tl.maximum(full_bottom, greatest_first + 1)
+        n_full = tl.maximum(full_top - full_bottom + 1, 0)
+        n_edge = tl.where(n_full > 0, n_last + n_first + top - 1 - full_top, n_visits)
+        if C.STORE_TILES:
+            tile_words = (
+                words + (slot.to(tl.int64) * C.GROUPS * n_heads + head) * n_words,
+                n_heads * n_words,
+            )
+        if log2_thresholds is not None:
+            by_sequence, by_head = threshold_strides
+            log2_threshold = tl.load(log2_thresholds + sequence * by_sequence + head * by_head)
+    counted = 0.0
+    below = 0
+    if C.THRESHOLDS > 0:
+        counted = tl.load(count_thresholds + tl.arange(0, C.THRESHOLDS))
+        below = tl.full([C.THRESHOLDS], 0, tl.int32)
+
+    first_seen, stop_seen, full_low, full_high = limits
+    rows = (position, low, high, is_row, group_of_row, first_seen, stop_seen, full_low > full_high)
+    visits = (order, last, first_tile)
+    k_box = (k_boxes, first_key.to(tl.int32) + kv_head * box_rows, kv_head * box_columns)
+    v_box = (v_boxes, first_key.to(tl.int32) + kv_head * box_rows, kv_head * v_box_columns)
+    kv = (k, v, k_token, v_token, k_box, v_box)
+    numbers = (n_k, factor, scale_log2, softcap, (num_sink_tokens, dense_window_size))
+    skipping = (log2_threshold, counted)
+    none = tl.full([C.BLOCK_M], 0.0, tl.float32)
+    tally = super_block * 0
+    state = (
+        tl.full([C.BLOCK_M, C.BLOCK_DV], 0.0, tl.float32), none, none - float("inf"), none, none,
+        (tally, tally, below),
+    )  # fmt: skip
+    state = attend(
+        state, visit, n_edge, q_tile, kv, rows, visits, given, tile_words, grids, numbers, skipping, C, True
+    )  # fmt: skip
+    if not C.ONLY_EDGES:
+        n_inner = n_edge + n_full
+        state = attend(
+            state, n_edge, n_inner, q_tile, kv, rows, visits, given, tile_words, grids, numbers, skipping,
+            C, False,
+        )  # fmt: skip
+        if C.HAS_LOWER_EDGE:
+            state = attend(
+                state, n_inner, n_visits, q_tile, kv, rows, visits, given, tile_words, grids, numbers,
+                skipping, C, True,
+            )  # fmt: skip
+
+    acc, total, running, bound, lost, tallies = state
+    sink = 0.0
+    if C.HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+    values, row_lse, kept_sum, rescaled = finish(
+        acc, total, running, lost, sink, C.HAS_SINKS, C.EXACT
+    )
+    out_token, out_head = out_strides
+    channel = tl.arange(0, C.BLOCK_DV)
+    pointers = (
+        out
+        + head.to(tl.int64) * out_head
+        + row.to(tl.int64)[:, None] * out_token
+        + channel[None, :]
+    )
+    tl.store(
+        pointers,
+        values.to(out.dtype.element_ty),
+        mask=is_row[:, None] & (channel < C.HEAD_DIM_V)[None, :],
+    )
+    entry = row.to(tl.int64) * n_heads + head
+    tl.store(lse + entry, row_lse, mask=is_row)
+    if C.SKIP:
+        visible_tiles, skipped_tiles, below = tallies
+        tl.atomic_add(counts + head, visible_tiles.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts + n_heads + head, skipped_tiles.to(tl.int64), sem="relaxed")
+        if C.THRESHOLDS > 0:
+            place = (2 + tl.arange(0, C.THRESHOLDS)) * n_heads + head
+            tl.atomic_add(counts + place, below.to(tl.int64), sem="relaxed")
+        bound *= rescaled
+        share = bound / (kept_sum + bound)
+        tl.store(dropped_bound + entry, tl.where(bound > 0, share, 0.0), mask=is_row)
+        if C.WEIGH_SKIPPED:
+            lost *= rescaled
+            tl.store(
+                dropped + entry, tl.where(lost > 0, lost / (kept_sum + lost), 0.0), mask=is_row
+            )
+
+
+@triton.jit
+def list_limits(tiles, length, top, full_top, full_bottom, bottom):
+    """Where a descending list enters the visible tiles, the full ones, leaves those, and leaves all."""
+    start = length * 0
+    full_start = length * 0
+    full_stop = length * 0
+    stop = length * 0
+    for first in range(0, length, 256):
+        at = first + tl.arange(0, 256)
+        tile = tl.load(tiles + at, mask=at < length, other=-1).to(tl.int32)
+        start += tl.sum((tile > top).to(tl.int32), 0)
+        full_start += tl.sum((tile > full_top).to(tl.int32), 0)
+        full_stop += tl.sum((tile >= full_bottom).to(tl.int32), 0)
+        stop += tl.sum((tile >= bottom).to(tl.int32), 0)
+    full_stop = tl.maximum(full_stop, full_start)
+    return start, full_start, full_stop, stop

@@ -1,0 +1,90 @@
+"""What the forward kernels write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .arguments import padded
+from .check import Call
+from .tiles import slot_count, word_count
+from .types import Phase, SkipSoftmax, SkipSoftmaxDecode
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Tensors that kernels write; those that a call has no use for are None.
+
+    Args:
+        out: [Tq, Hq, Dv]; lse: [Tq, Hq] fp32, base 2.
+        prefill, decode: int64 [2 + padded count_thresholds, Hq]: tiles of a phase that are visible,
+            skipped, and that each further threshold would skip.
+        words, decode_words: decisions, as in `TileMap`.
+        dropped, bound: [Tq, Hq] fp32, the dropped mass and its bound.
+    """
+
+    out: Tensor
+    lse: Tensor
+    prefill: Tensor | None
+    decode: Tensor | None
+    words: Tensor | None
+    decode_words: Tensor | None
+    dropped: Tensor | None
+    bound: Tensor | None
+
+
+def allocate(call: Call, keep_tiles: bool) -> Results:
+    """The tensors of a checked call.
+
+    Args:
+        keep_tiles: whether decisions are wanted even without ``call.details``.
+    """
+    q, seqs, plan = call.q, call.seqs, call.plan
+    (rows, heads), batch = q.shape[:2], seqs.q_len.shape[0]
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=q.device)
+
+    def counts(skip: SkipSoftmax | SkipSoftmaxDecode | None) -> Tensor | None:
+        if skip is None:
+            return None
+        return zeros(2 + padded(len(skip.count_thresholds)), heads, dtype=torch.int64)
+
+    skips = plan.skip is not None or plan.skip_decode is not None
+    keep_tiles = keep_tiles or call.details
+    words = decode_words = None
+    if plan.skip is not None and keep_tiles:
+        slots = slot_count(rows, batch, seqs.max_q, plan.skip.block_rows)
+        n_words = word_count(seqs.max_k, plan.skip.block_keys)
+        words = zeros(slots, heads, n_words, dtype=torch.int32)
+    if plan.skip_decode is not None and keep_tiles:
+        n_words = word_count(seqs.max_k, plan.skip_decode.block_keys)
+        decode_words = zeros(batch, heads, n_words, dtype=torch.int32)
+    may_prefill = call.phase is Phase.PREFILL or (call.phase is None and seqs.max_q > 1)
+    may_decode = call.phase is not Phase.PREFILL
+    return Results(
+        out=torch.empty((rows, heads, call.v.shape[-1]), dtype=q.dtype, device=q.device),
+        lse=torch.empty((rows, heads), dtype=torch.float32, device=q.device),
+        prefill=counts(plan.skip) if may_prefill else None,
+        decode=counts(plan.skip_decode) if may_decode else None,
+        words=words,
+        decode_words=decode_words,
+        dropped=zeros(rows, heads) if skips and call.details else None,
+        bound=zeros(rows, heads) if skips else None,
+    )
+
+
+def scratch(results: Results) -> Results:
+    """For a pass that only counts: what isn't wanted of it goes where nobody looks."""
+    return Results(
+        out=torch.empty_like(results.out),
+        lse=torch.empty_like(results.lse),
+        prefill=results.prefill,
+        decode=results.decode,
+        words=results.words,
+        decode_words=results.decode_words,
+        dropped=None if results.dropped is None else torch.empty_like(results.lse),
+        bound=None if results.bound is None else torch.empty_like(results.lse),
+    )

@@ -1,0 +1,89 @@
+"""Skip-softmax: which row tiles skip a key tile. Source: BLASST (arXiv 2512.12087).
+
+A program's BLOCK_M rows are GROUPS row tiles, each of which decides for itself.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def row_tile_of_rows(BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):
+    """The row tile of each of a program's rows, counted from its first: [BLOCK_M]."""
+    return tl.arange(0, BLOCK_M) // (BLOCK_M // GROUPS)
+
+
+@triton.jit
+def vote(tile_max, running, threshold, is_row, group):
+    """The vote of each row tile on a key tile: it is skipped if every row that sees a key there needs none.
+
+    Args:
+        tile_max, running: [BLOCK_M] log2, -inf where nothing was seen. threshold: log2(lambda).
+        is_row: [BLOCK_M], False for padding rows. group: [BLOCK_M], the row tile of each row.
+    Returns:
+        kept, seen: int32; bit g says that row tile g keeps the key tile, or that a row of it sees a key.
+    """
+    bit = 1 << group
+    sees = is_row & (tile_max != float("-inf"))
+    # A score that is not a number keeps the tile; so does a row's first, for no finite score is
+    # below the least float. A row that sees nothing is.
+    limit = running + threshold
+    needs = is_row & ((tile_max < tl.where(limit > _LEAST_FLOAT, limit, _LEAST_FLOAT)) == 0)
+    ballot = _joined(tl.where(needs, bit, 0) | tl.where(sees, bit << 8, 0))
+    return ballot & 255, ballot >> 8
+
+
+@triton.jit
+def count_skipped(tile_max, running, counted, is_row, group, below, GROUPS: tl.constexpr):
+    """Adds, for each further threshold, how many row tiles would skip the key tile: [THRESHOLDS]."""
+    sees = (is_row & (tile_max != float("-inf"))).to(tl.int32)
+    below_limit = tile_max[:, None] < running[:, None] + counted[None, :]
+    needs = tl.where(below_limit, 0, sees[:, None])  # [BLOCK_M, THRESHOLDS]
+    for g in tl.static_range(GROUPS):
+        seen = tl.max(tl.where(group == g, sees, 0), 0)
+        below += seen - tl.max(tl.where((group == g)[:, None], needs, 0), 0)
+    return below
+
+
+@triton.jit
+def store_tiles(words, word_step, tile, kept, GROUPS: tl.constexpr):
+    """Sets the bit of a key tile where a row tile keeps it.
+
+    Args:
+        words: pointer to the words of the first row tile; those of the next lie `word_step` words on.
+    """
+    group = tl.arange(0, GROUPS)
+    bit = ((kept >> group) & 1) << (tile & 31)
+    tl.atomic_or(words + group * word_step + (tile >> 5), bit, mask=bit != 0, sem="relaxed")
+
+
+@triton.jit
+def bit_count(bits, GROUPS: tl.constexpr):
+    """How many of the lowest GROUPS bits are set."""
+    n = bits & 1
+    for g in tl.static_range(1, GROUPS):
+        n += (bits >> g) & 1
+    return n
+
+
+@triton.jit
+def _joined(bits):
+    """The bits of all rows, in one number.
+
+    `tl.split` wants both rows of a pair in one thread. Rows 4 apart never are, so the bits go
+    through shared memory, and then each warp has those of all rows and needs no other warp.
+    """
+    if bits.shape[0] == 128:
+        bits = tl.reshape(tl.reduce(tl.reshape(bits, [8, 2, 8]), 1, _either), [64])
+    HALF: tl.constexpr = bits.shape[0] // 2
+    left, right = tl.split(tl.permute(tl.reshape(bits, [HALF // 4, 2, 4]), [0, 2, 1]))
+    return tl.reduce(tl.reshape(left | right, [HALF]), 0, _either)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b

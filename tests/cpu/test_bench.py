@@ -1,0 +1,364 @@
+"""The benchmark: small cases run, wrong results are not timed, and the dial of its inputs is exact."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from modelopt_sparse.bench import baselines, measure, timing
+from modelopt_sparse.bench import cases as bench_cases
+from modelopt_sparse.bench.__main__ import main
+from modelopt_sparse.bench.cases import Check, Setting, smoke_cases, standard_cases
+from modelopt_sparse.bench.checks import forward_error
+from modelopt_sparse.bench.inputs import (
+    KEYS,
+    ROWS,
+    THRESHOLD,
+    Shape,
+    dialled,
+    greatest_share,
+    plain,
+)
+from modelopt_sparse.bench.timing import Effort, Times, times_in_turn
+from modelopt_sparse.errors import ArgumentError
+from modelopt_sparse.kernels import Plan, SkipSoftmax, attention_reference
+
+CPU = torch.device("cpu")
+BRIEF = Effort(0.0, 1, 1)
+SMALL = Setting(CPU, torch.float32, Shape(2, 1, 32))
+
+
+def case_named(name):
+    return next(case for case in smoke_cases() if case.name == name)
+
+
+@pytest.mark.parametrize(
+    ("length", "share", "shape"),
+    [
+        (2048, 0.5, Shape(2, 1, 128)),
+        (2048, 0.75, Shape(4, 2, 64)),
+        (1990, 0.6, Shape(2, 2, 32)),
+        (2048, 0.0, Shape(2, 1, 128)),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_reference_skips_the_dialled_share_and_no_other_tiles(length, share, shape):
+    inputs = dialled(length, share, shape, CPU, torch.bfloat16)
+    q, k, v = (x.float() for x in (inputs.q, inputs.k, inputs.v))
+    plan = Plan(skip=SkipSoftmax(THRESHOLD))
+    output = attention_reference(q, k, v, inputs.seqs, plan=plan, details=True)
+    counted = output.prefill.skipped[0].double() / output.prefill.visible
+    assert (counted - share).abs().max() < 0.03, counted
+
+    row_tiles = -(-length // ROWS)
+    expected = inputs.kept.repeat_interleave(KEYS // ROWS, 1)[:, :row_tiles]
+    expected = expected.repeat_interleave(inputs.group, 0)
+    assert torch.equal(output.kept[0], expected)
+
+
+@pytest.mark.parametrize("length", [16384, 65536])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_the_dial_is_exact_on_long_sequences_for_every_head(length, share):
+    kept = dialled(length, share, Shape(2, 2, 64), CPU, torch.bfloat16).kept
+    visible = torch.ones_like(kept[0]).tril().sum()
+    skipped = 1 - kept.sum((1, 2)) / visible
+    assert (skipped - share).abs().max() < 0.01, skipped
+
+
+def test_heads_differ_in_what_is_cold():
+    kept = dialled(4096, 0.5, Shape(2, 2, 32), CPU, torch.bfloat16).kept
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_equal_seeds_give_equal_inputs():
+    first, second, other = (
+        dialled(512, 0.2, Shape(2, 1, 32), CPU, torch.float32, s) for s in (0, 0, 1)
+    )
+    assert torch.equal(first.q, second.q)
+    assert not torch.equal(first.q, other.q)
+
+
+def test_a_share_that_cannot_be_reached_is_an_error():
+    assert greatest_share(128) == 0
+    assert 0.7 < greatest_share(2048) < 0.9 < greatest_share(16384)
+    for share in (0.95, -0.1, float("nan")):
+        with pytest.raises(ArgumentError, match=r"share.*Give a longer sequence"):
+            dialled(2048, share, Shape(2, 1, 32), CPU, torch.float32)
+
+
+def test_the_smoke_run_checks_and_times_every_kind_of_case(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert main(["--smoke", "--json", str(path)]) == 0
+    data = json.loads(path.read_text())
+    assert data["environment"]["torch"] == torch.__version__
+    assert {row["group"] for row in data["rows"]} == {case.group for case in standard_cases()}
+    for row in data["rows"]:
+        assert not row["failed"]
+        assert row["ratio"] == pytest.approx(row["theirs"]["median"] / row["ours"]["median"])
+        assert row["error"] < 1e-4
+    skipped = {row["case"]: row["sparsity"] for row in data["rows"]}
+    assert skipped["skip50-1k"] == pytest.approx(0.5, abs=0.03)
+    assert skipped["skip0-200"] == 0
+    assert skipped["dense-200"] is None
+    assert "own dense" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert main([]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_cases_are_chosen_by_group_and_by_name(capsys):
+    assert main(["--list", "--only", "nm", "--only", "skip75", "--without", "others"]) == 0
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    assert lines == [
+        "skip: skip75-16k",
+        *(f"nm: nm{a}-{n}" for a in ("2:4", "4:8") for n in ("4k", "16k")),
+    ]
+    assert main(["--only", "no such case"]) == 2
+    assert "--list" in capsys.readouterr().err
+
+
+def test_names_of_cases_are_unique():
+    for cases in (standard_cases(), smoke_cases()):
+        assert len({case.name for case in cases}) == len(cases)
+
+
+def with_output(monkeypatch, change):
+    """Our calls return what `change` makes of their output."""
+    real = bench_cases.attention_varlen
+    monkeypatch.setattr(
+        bench_cases, "attention_varlen", lambda *args, **options: change(real(*args, **options))
+    )
+
+
+def test_a_wrong_result_is_reported_and_not_timed(monkeypatch):
+    def last_row_off(output):
+        out = output.out.clone()
+        out[-1] *= 1.5
+        return replace(output, out=out)
+
+    with_output(monkeypatch, last_row_off)
+    (row,) = measure(case_named("dense-200"), SMALL, BRIEF)
+    assert row.failed
+    assert row.ratio is row.ours is None
+    assert "FAILED: error 0." in row.note
+
+
+def test_a_result_that_is_not_finite_is_wrong(monkeypatch):
+    with_output(monkeypatch, lambda output: replace(output, out=output.out * torch.nan))
+    (row,) = measure(case_named("dense-200"), SMALL, BRIEF)
+    assert row.failed
+    assert not Check(float("nan"), 1.0).passed
+
+
+def test_counts_that_do_not_fit_the_tiles_are_wrong(monkeypatch):
+    def one_less(output):
+        counts = output.prefill
+        return (
+            output
+            if counts is None
+            else replace(output, prefill=replace(counts, skipped=counts.skipped - 1))
+        )
+
+    with_output(monkeypatch, one_less)
+    (row,) = measure(case_named("skip50-1k"), SMALL, BRIEF)
+    assert row.failed
+    assert "tiles kept" in row.note
+
+
+def test_a_share_far_from_the_dial_is_wrong(monkeypatch):
+    monkeypatch.setattr(bench_cases, "THRESHOLD", 1e-30)
+    (row,) = measure(case_named("skip50-1k"), SMALL, BRIEF)
+    assert row.failed
+    assert "dialled 50%" in row.note
+
+
+def test_tiles_that_were_kept_and_left_out_show_in_the_error():
+    inputs = dialled(1024, 0.5, Shape(2, 1, 32), CPU, torch.float32)
+    output = attention_reference(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.seqs,
+        plan=Plan(skip=SkipSoftmax(THRESHOLD)),
+        details=True,
+    )
+    (kept,) = output.kept
+    assert forward_error(inputs, output.out, [kept]) < 1e-5
+    without_first = kept.clone()
+    without_first[:, 2:, 0] = False
+    assert forward_error(inputs, output.out, [without_first]) > 0.01
+
+
+def test_a_case_that_raises_is_a_row(monkeypatch):
+    def broken(output):
+        raise RuntimeError("no such kernel\nat all")
+
+    with_output(monkeypatch, broken)
+    (row,) = measure(case_named("nm2:4-200"), SMALL, BRIEF)
+    assert row.failed
+    assert row.note == "FAILED: RuntimeError: no such kernel"
+
+
+def test_a_peer_that_is_missing_or_wrong_is_named_and_the_others_timed(monkeypatch):
+    def peers(inputs, names, mode="forward"):
+        def missing():
+            raise baselines.Unavailable("not installed")
+
+        right = baselines.sdpa(inputs, None, mode)
+        return {
+            "missing": missing,
+            "wrong": lambda: baselines.Peer(right.run, lambda: right.output() * 1.1),
+            "right": lambda: right,
+        }
+
+    monkeypatch.setattr(bench_cases, "_sdpa_peers", peers)
+    rows = {row.peer: row for row in measure(case_named("dense-200"), SMALL, BRIEF)}
+    assert rows["missing"].note == "n/a: not installed"
+    assert rows["wrong"].note == "n/a: its result is off by 0.100"
+    assert rows["missing"].ratio is rows["wrong"].ratio is None
+    assert rows["right"].ratio > 0
+    assert not any(row.failed for row in rows.values())
+
+
+def test_heads_are_repeated_where_a_backend_does_not_share_them(monkeypatch):
+    real = baselines.scaled_dot_product_attention
+
+    def no_sharing(*args, enable_gqa, **options):
+        if enable_gqa:
+            raise RuntimeError("No available kernel.\nmore")
+        return real(*args, **options)
+
+    inputs = plain([40, 9], Shape(4, 2, 16), CPU, torch.float32)
+    native = baselines.sdpa(inputs, None)
+    monkeypatch.setattr(baselines, "scaled_dot_product_attention", no_sharing)
+    repeated = baselines.sdpa(inputs, None)
+    assert (native.note, repeated.note) == (
+        "one call a sequence",
+        "KV heads repeated, one call a sequence",
+    )
+    assert forward_error(inputs, repeated.output()) < 1e-5
+
+
+def test_a_backend_that_cannot_run_here_is_unavailable():
+    inputs = plain([40], Shape(2, 1, 16), CPU, torch.float32)
+    with pytest.raises(baselines.Unavailable):
+        baselines.sdpa(inputs, baselines.SDPBackend.CUDNN_ATTENTION)
+    with pytest.raises(baselines.Unavailable):
+        baselines.flash_varlen(inputs)
+
+
+@pytest.mark.parametrize("form", ["shares heads", "causal flag"])
+def test_packed_flash_attention_is_called_as_its_version_takes_it(monkeypatch, form):
+    seen = {}
+
+    def newer(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+        seen.update(k=k, cu=cu_q, window_size=window_size, enable_gqa=enable_gqa)
+        return q
+
+    def older(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
+        seen.update(k=k, cu=cu_q, is_causal=is_causal)
+        return q
+
+    module = sys.modules.get("torch.nn.attention.varlen") or baselines.import_module(
+        "torch.nn.attention.varlen"
+    )
+    monkeypatch.setattr(module, "varlen_attn", newer if form == "shares heads" else older)
+    inputs = plain([40, 9], Shape(4, 2, 16), CPU, torch.float32)
+    peer = baselines.flash_varlen(inputs)
+    assert seen["cu"].tolist() == [0, 40, 49]
+    if form == "shares heads":
+        assert seen["window_size"] == (-1, 0) and seen["enable_gqa"] and peer.note == ""
+    else:
+        assert seen["is_causal"] and seen["k"].shape[1] == 4 and peer.note == "KV heads repeated"
+
+
+def fake_module(monkeypatch, attention):
+    module = type(sys)("kernels")
+    module.attention = attention
+    monkeypatch.setattr(baselines, "import_module", lambda name: module)
+
+
+def test_model_optimizer_is_given_n_and_m(monkeypatch):
+    seen = {}
+
+    def attention(q, k, v, b_start_loc, b_seq_len, max_input_len, **options):
+        seen.update(options, starts=b_start_loc.tolist(), most=max_input_len)
+        return q
+
+    fake_module(monkeypatch, attention)
+    inputs = plain([40, 9], Shape(4, 2, 16), CPU, torch.float32)
+    peer = baselines.modelopt(inputs, 2, 4)
+    assert (seen["sparsity_n"], seen["sparsity_m"], seen["is_causal"]) == (2, 4, True)
+    assert (seen["starts"], seen["most"], seen["softmax_scale"]) == ([0, 40], 40, 0.25)
+    assert peer.output is None
+    assert baselines.modelopt(inputs).output is not None
+
+
+def test_model_optimizer_that_is_absent_or_fails_is_unavailable(monkeypatch):
+    inputs = plain([9], Shape(2, 1, 16), CPU, torch.float32)
+
+    def fails(*args, **options):
+        raise ValueError("no such GPU")
+
+    fake_module(monkeypatch, fails)
+    with pytest.raises(baselines.Unavailable, match="ValueError: no such GPU"):
+        baselines.modelopt(inputs)
+    fake_module(monkeypatch, None)
+    with pytest.raises(baselines.Unavailable, match="offers no attention here"):
+        baselines.modelopt(inputs)
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(baselines, "import_module", missing)
+    with pytest.raises(baselines.Unavailable, match="No module named 'modelopt"):
+        baselines.modelopt(inputs)
+    with pytest.raises(baselines.Unavailable, match="has no varlen_attn"):
+        monkeypatch.setattr(baselines, "import_module", _raise_import_error)
+        baselines.flash_varlen(inputs)
+
+
+def _raise_import_error(name):
+    raise ImportError(name)
+
+
+def test_functions_are_called_in_turn():
+    calls = []
+    runs = [lambda: calls.append("a"), lambda: calls.append("b")]
+    first, second = times_in_turn(runs, CPU, Effort(0.0, 3, 5))
+    assert calls == ["a", "b"] * 5  # one round to warm up, one to estimate
+    assert first.calls == second.calls == 3
+    assert first.p20 <= first.median <= first.p80
+
+
+def test_on_cuda_the_cache_is_flushed_before_each_call_and_nothing_waits_in_between(monkeypatch):
+    log = []
+
+    class FakeEvent:
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 8)
+    monkeypatch.setattr(timing, "_event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    real = torch.Tensor.zero_
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda x: log.append("flush") or real(x))
+    runs = [lambda: log.append("a"), lambda: log.append("b")]
+    assert timing._cuda_rounds(runs, CPU, 2) == [[2.0, 2.0], [2.0, 2.0]]
+    one_round = [x for name in "ab" for x in ("flush", "event", name, "event")]
+    head_start = ["flush"] * (timing.HEAD_START * 4)
+    assert log == ["wait", *head_start, *one_round, *one_round, "wait"]
+
+
+def test_times_are_quantiles():
+    assert Times.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Times(3.5, 2.0, 5.0, 6)

@@ -1,0 +1,107 @@
+"""Launch tables: every entry is one that a GPU can run, and decision tiles stay what the caller says."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from itertools import product
+
+import pytest
+
+from modelopt_sparse.kernels.check import TILE_SIZES
+from modelopt_sparse.kernels.launch import Launch, backward_launch, block_dim, prefill_launch
+
+DIMS = (16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+PAIRS = [*((dim, dim) for dim in DIMS), (192, 128), (128, 192), (64, 256), (256, 16), (16, 256)]
+DECISIONS = [None, *product(TILE_SIZES, TILE_SIZES)]
+# Shared memory of a program: the least, and that of sm_80, sm_86 and sm_90.
+CAPACITIES = (64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024)
+CALLS = list(product(PAIRS, (2, 4), (False, True), DECISIONS, CAPACITIES))
+MOST_GROUPS = 8  # Bits of a list's entry.
+
+
+def assert_legal(launch: Launch, nm: bool = False) -> None:
+    for size in (launch.block_m, launch.block_n):
+        assert size >= 16 and size & (size - 1) == 0 and size <= 128
+    assert launch.warps in (4, 8, 16) and 1 <= launch.stages <= 3
+    assert launch.block_n % 8 == 0 or not nm
+
+
+def resident(launch: Launch, dims, itemsize, moving: int, kept: int) -> int:
+    """Bytes of a kept tile and of those in flight."""
+    per_row = (block_dim(dims[0]) + block_dim(dims[1])) * itemsize
+    return kept + launch.stages * moving * per_row
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_prefill_launches_are_legal(itemsize):
+    for dims, size, nm, decision, capacity in CALLS:
+        if size != itemsize:
+            continue
+        launch = prefill_launch(dims, size, nm, decision, 0, capacity)
+        assert_legal(launch, nm)
+        if decision is not None:
+            rows, keys = decision
+            assert launch.block_n == keys
+            assert launch.block_m % rows == 0 and launch.block_m // rows <= MOST_GROUPS
+        of_queries = launch.block_m * block_dim(dims[0]) * size
+        fits = resident(launch, dims, size, launch.block_n, of_queries) <= capacity
+        assert fits or launch.stages == 1, (dims, size, nm, decision, capacity)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("grid_bytes", [0, 1, 5])
+def test_backward_launches_are_legal(grid_bytes, itemsize):
+    for dims, size, nm, decision, capacity in CALLS:
+        if size != itemsize:
+            continue
+        case = dims, size, nm, decision, capacity
+        per_row = (block_dim(dims[0]) + block_dim(dims[1])) * size
+        rows, keys = backward_launch(dims, size, nm, decision, grid_bytes, capacity)
+        for launch, moving, kept in (
+            (rows, rows.block_n, rows.block_m),
+            (keys, keys.block_m, keys.block_n),
+        ):
+            assert_legal(launch, nm)
+            if decision is not None:
+                # Of keys a launch tile is a decision tile or a part; of rows, some whole ones or a part.
+                assert decision[1] % launch.block_n == 0, case
+                groups = launch.block_m / decision[0]
+                assert groups <= MOST_GROUPS and (groups < 1 or groups == int(groups)), case
+            grids = launch.stages * launch.block_m * launch.block_n * grid_bytes
+            fits = resident(launch, dims, size, moving, kept * per_row) + grids <= capacity
+            assert fits or max(launch.block_m, launch.block_n) == 16, case
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need Triton")
+def test_decode_launches_are_legal():
+    from modelopt_sparse.kernels.decode import MOST_ROWS
+    from modelopt_sparse.kernels.launch import decode_launch
+
+    for dims, size, rows, keys, capacity in product(
+        PAIRS, (2, 4), (1, 3, 16, 17, 64, 100, MOST_ROWS), (None, *TILE_SIZES), CAPACITIES
+    ):
+        launch = decode_launch(dims, size, rows, keys, capacity)
+        for block in (launch.block_m, launch.block_n):
+            assert block >= 16 and block & (block - 1) == 0
+        assert launch.warps in (4, 8, 16) and 1 <= launch.stages <= 3
+        if keys is None:
+            assert launch.block_m <= 64 and launch.block_n <= 128
+        else:
+            # All rows that vote together are in one program.
+            assert launch.block_n == keys and rows <= launch.block_m <= MOST_ROWS
+        of_keys, of_values = (launch.block_n * block_dim(dim) * size for dim in dims)
+        # Values of tiles that may be skipped are loaded one tile at a time.
+        values = of_values if keys is not None else launch.stages * of_values
+        assert launch.stages * of_keys + values <= capacity or launch.stages == 1
+
+
+def test_head_dims_are_padded_to_powers_of_two():
+    assert [block_dim(dim) for dim in (1, 16, 17, 24, 64, 65, 256)] == [
+        16,
+        16,
+        32,
+        32,
+        64,
+        128,
+        256,
+    ]
