@@ -1,4 +1,5 @@
-# make demo: the quickstart. make test: lint, types, CPU tests. Both make their own virtual environment.
+# make demo: the quickstart. make test: lint, types, CPU tests. make test-gpu: the kernels on a GPU.
+# All make their own virtual environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ STAMP := $(VENV)/.installed
 # One process a core, each with one thread.
 WORKERS ?= auto
 
-.PHONY: demo test test-all lint check-python clean
+.PHONY: demo test test-all test-gpu lint check-python clean
 .DEFAULT_GOAL := test
 
 check-python:
@@ -38,6 +39,10 @@ test: lint
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 	VENV=$(VENV)-oldest PYTHON=$(PYTHON) bash tests/oldest.sh
+
+# On a machine with a CUDA GPU, whose own build of torch is on the index. Cases that share kernels run together.
+test-gpu: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu -n $(WORKERS) --dist loadgroup
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest .pytest_cache .ruff_cache .mypy_cache .hypothesis

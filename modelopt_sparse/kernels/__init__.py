@@ -24,7 +24,7 @@ from .types import (
 )
 
 IS_AVAILABLE = True
-"""Whether `attention` can be called here: always, by the torch reference where there is no kernel."""
+"""Whether `attention` can be called: always on CPU tensors, by the reference; GPU tensors need Triton."""
 
 
 def register_triton_attention() -> None:

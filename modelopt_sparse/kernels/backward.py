@@ -30,7 +30,8 @@ from .programs.backward import (
     prepare_kernel,
     query_gradient_kernel,
 )
-from .programs.lists import column_lists_kernel, row_lists_kernel
+from .programs.lists import column_lists_kernel
+from .tile_lists import NO_LISTS, Lists, empty_lists, row_lists
 from .tiles import SUPER_ROWS, WORD_BITS, slot_count
 from .types import NMSparsity, Phase, TileMap
 
@@ -114,7 +115,7 @@ def backward(
     rows, heads = q.shape[:2]
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
-    splits = _key_splits(call)
+    splits = _key_splits(call, is_sparse=tiles is not None)
     d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     d_k, d_v = (
         x.new_empty((splits, *x.shape), dtype=x.dtype if splits == 1 else torch.float32)
@@ -154,11 +155,11 @@ def backward(
     return d_q, d_k, d_v, d_sinks, d_bias
 
 
-def _key_splits(call: Call) -> int:
+def _key_splits(call: Call, is_sparse: bool) -> int:
     """How many programs share the query heads of a key tile: enough to keep the GPU busy to the end."""
     heads, kv_heads = call.q.shape[1], call.k.shape[1]
     programs = _super_blocks_of_keys(call) * kv_heads
-    return head_splits(heads // kv_heads, programs, processors(call.q.device))
+    return head_splits(heads // kv_heads, programs, processors(call.q.device), is_sparse)
 
 
 def _super_blocks_of_keys(call: Call) -> int:
@@ -216,14 +217,10 @@ class _Launches:
         C = self._variant(launch, part, k_boxes is not None, d_bias is not None)
         super_blocks = slot_count(rows, call.seqs.q_len.shape[0], call.seqs.max_q, SUPER_ROWS)
         words, n_words = _words(part)
-        lists: tuple[Tensor | None, ...] = (None, None, None)
+        lists: Lists | tuple[None, None, None] = NO_LISTS
         if C.GIVEN:
             assert words is not None
-            n_lists = super_blocks * (SUPER_ROWS // C.LIST_ROWS)
-            lists = _empty_lists((n_lists, heads), n_words * WORD_BITS, (), q.device)
-            row_lists_kernel[(n_lists, heads)](
-                words, *lists, heads, n_words, n_words * WORD_BITS, C.GROUPS, num_warps=4
-            )
+            lists = row_lists(words, super_blocks * (SUPER_ROWS // C.LIST_ROWS), C.GROUPS)
         tensors = (q, call.k, call.v, self.d_out, d_q)
         query_gradient_kernel[(super_blocks * (SUPER_ROWS // C.BLOCK_M) * heads,)](
             *tensors[:4], self.row_sums, d_q, k_boxes, v_boxes, *steps,
@@ -255,12 +252,12 @@ class _Launches:
         if not super_blocks:
             return
         words, n_words = _words(part)
-        lists: tuple[Tensor | None, ...] = (None, None, None)
+        lists: Lists | tuple[None, None, None] = NO_LISTS
         blocks = super_blocks * (SUPER_ROWS // C.BLOCK_N)
         length = (-(-seqs.max_q // SUPER_ROWS) + 1) * (SUPER_ROWS // C.BLOCK_M)
         if C.LISTED:
             listed_heads = heads if C.GIVEN else 1
-            lists = _empty_lists((blocks, listed_heads), length, (2,), q.device)
+            lists = empty_lists((blocks, listed_heads), length, (2,), q.device)
             column_lists_kernel[(super_blocks, listed_heads)](
                 words, n_words, *lists, length, seqs.q_start, seqs.q_len, seqs.k_len, batch, heads,
                 call.bounds, arguments.window(call.window), *arguments.shields(part.nm), C, num_warps=4,
@@ -319,14 +316,3 @@ def _words(part: Part) -> tuple[Tensor | None, int]:
     if part.tiles is None:
         return None, 0
     return part.tiles.words.contiguous(), part.tiles.words.shape[2]
-
-
-def _empty_lists(
-    count: tuple[int, int], length: int, lengths: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, ...]:
-    """What `row_lists_kernel` and `column_lists_kernel` fill in: lists, groups and lengths."""
-    return (
-        torch.empty((*count, length), dtype=torch.int16, device=device),
-        torch.empty((*count, length), dtype=torch.uint8, device=device),
-        torch.empty((*count, *lengths), dtype=torch.int32, device=device),
-    )

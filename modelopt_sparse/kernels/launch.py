@@ -69,14 +69,15 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def head_splits(group: int, programs: int, processors: int) -> int:
+def head_splits(group: int, programs: int, processors: int, is_sparse: bool) -> int:
     """Into how many shares the query heads of a KV head are split, given the programs without a split.
 
-    A program that walks all rows takes as long as half of all work does where there are few others: with
-    16 programs a multiprocessor the last ones to end no longer matter.
+    Each share has to be stored and added up, which costs more than it gains once all are busy. Where tiles
+    are left out, all others wait for the first keys, which every row looks at.
     """
+    enough = (6 if is_sparse else 2) * processors
     splits = 1
-    while group % (2 * splits) == 0 and programs * 2 * splits <= 16 * processors:
+    while group % (2 * splits) == 0 and programs * splits < enough:
         splits *= 2
     return splits
 
@@ -86,6 +87,7 @@ def prefill_launch(
     itemsize: int,
     has_nm: bool,
     decision: tuple[int, int] | None,
+    decides: bool,
     grid_bytes: int,
     capacity: int,
 ) -> Launch:
@@ -94,7 +96,7 @@ def prefill_launch(
     Args:
         dims: head dims of q and v. itemsize: bytes of an element.
         has_nm: whether N:M is in force.
-        decision: (rows, keys) of a decision tile, if tiles are skipped or given.
+        decision: (rows, keys) of a decision tile, if tiles are skipped or given. decides: the kernel does.
         grid_bytes: bytes that are read for each score, of masks and biases.
         capacity: bytes of shared memory.
     """
@@ -108,9 +110,18 @@ def prefill_launch(
         # A key tile decides as a whole. Row tiles decide apart, so a program may have several, at most 8.
         block_m, block_n = min(max(block_m, decision[0]), 8 * decision[0]), decision[1]
     bytes_q = block_m * block_d * itemsize
-    bytes_kv = block_n * (block_d + block_dv) * itemsize + block_m * block_n * grid_bytes
-    stages = max(1, min(3, (capacity - bytes_q) // bytes_kv))
-    late_values = bytes_q + bytes_kv > capacity
+    bytes_k, bytes_v = block_n * block_d * itemsize, block_n * block_dv * itemsize
+    bytes_grids = block_m * block_n * grid_bytes
+    if decision is not None and decides and itemsize == 2 and not has_nm:
+        # A vote waits for all warps of a program. With one row tile each, and two programs that share a
+        # multiprocessor, one computes while the other waits: for its vote, or for the values that it kept.
+        rows = max(64, decision[0])
+        late = rows * block_d * itemsize + 2 * (bytes_k + rows * block_n * grid_bytes) + bytes_v
+        if 2 * (late + 1024) <= capacity:
+            return Launch(rows, block_n, 4 if rows == 64 else 8, 2, late_values=True)
+    bytes_tile = bytes_k + bytes_v + bytes_grids
+    stages = max(1, min(3, (capacity - bytes_q) // bytes_tile))
+    late_values = bytes_q + bytes_tile > capacity
     warps = 8 if block_m * max(block_n, widest) >= 128 * 128 else 4
     if itemsize > 2:
         warps = _exact_warps(block_m, block_n, widest)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from . import arguments
 from .boxes import boxes
@@ -14,11 +13,10 @@ from .check import Call
 from .device.variant import Variant
 from .launch import Launch, prefill_launch, shared_memory, thriftier
 from .launching import launch_first_that_fits
-from .programs.lists import row_lists_kernel
 from .programs.prefill import prefill_kernel
 from .results import Results, scratch
-from .tiles import SUPER_ROWS, WORD_BITS, slot_count
-from .types import TileMap
+from .tile_lists import NO_LISTS, Lists, row_lists
+from .tiles import SUPER_ROWS, slot_count
 
 
 def launch_prefill(call: Call, results: Results, *, only_prefill: bool = False) -> None:
@@ -47,6 +45,7 @@ def _launch(call: Call, results: Results, only_prefill: bool) -> None:
         call.q.element_size(),
         plan.nm is not None,
         decision,
+        plan.skip is not None,
         arguments.grid_bytes(call),
         shared_memory(call.q.device),
     )
@@ -88,7 +87,9 @@ def _launch_as(
         **arguments.features(call),
     )
     blocks = super_blocks * (SUPER_ROWS // launch.block_m)
-    lists, list_stride = _lists(tiles, blocks, heads, C.GROUPS)
+    lists: Lists | tuple[None, None, None] = NO_LISTS
+    if tiles is not None:
+        lists = row_lists(tiles.words.contiguous(), blocks, C.GROUPS)
     dropped = results.dropped
     if C.WEIGH_SKIPPED and dropped is None:
         dropped = torch.empty_like(results.lse)
@@ -102,26 +103,6 @@ def _launch_as(
         *arguments.shields(nm),
         *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip, q.device),
         results.prefill, results.words, 0 if results.words is None else results.words.shape[2],
-        *lists, list_stride, results.bound, dropped,
+        *lists, 0 if lists[0] is None else lists[0].shape[2], results.bound, dropped,
         C, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-
-
-def _lists(
-    tiles: TileMap | None, blocks: int, heads: int, groups: int
-) -> tuple[tuple[Tensor | None, ...], int]:
-    """The key tiles that each row block computes, and the elements from list to list."""
-    if tiles is None:
-        return (None, None, None), 0
-    words = tiles.words.contiguous()
-    n_words = words.shape[2]
-    shape, device = (blocks, heads, n_words * WORD_BITS), words.device
-    lists = (
-        torch.empty(shape, dtype=torch.int16, device=device),
-        torch.empty(shape, dtype=torch.uint8, device=device),
-        torch.empty(shape[:2], dtype=torch.int32, device=device),
-    )
-    row_lists_kernel[(blocks, heads)](
-        words, *lists, heads, n_words, n_words * WORD_BITS, groups, num_warps=4
-    )
-    return lists, n_words * WORD_BITS

@@ -272,8 +272,8 @@ class Plan:
         nm: N:M sparsity, in prefill.
         skip, skip_decode: tiles to skip, in prefill and in decode.
         tiles: in place of `skip`, the only tiles that sequences in prefill compute; the map of an earlier
-            call repeats it. Nothing is decided or counted then. Bits of tiles in which no row sees a key
-            don't matter.
+            call repeats it, up to the order of its sums. Nothing is decided or counted then. Bits of
+            tiles in which no row sees a key don't matter.
     """
 
     nm: NMSparsity | None = None

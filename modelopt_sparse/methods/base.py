@@ -28,8 +28,8 @@ class SparseMethodConfig(BaseModel):
     field.
 
     Args:
-        backend: "triton" runs the Triton kernel on CUDA tensors where there is one, and the torch
-            reference elsewhere; "pytorch" always runs the torch reference.
+        backend: "triton" runs the Triton kernels on GPU tensors and the torch reference on CPU tensors;
+            "pytorch" always runs the torch reference.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -8,7 +8,14 @@ from itertools import product
 import pytest
 
 from modelopt_sparse.kernels.check import TILE_SIZES
-from modelopt_sparse.kernels.launch import Launch, backward_launch, block_dim, prefill_launch
+from modelopt_sparse.kernels.launch import (
+    Launch,
+    backward_launch,
+    block_dim,
+    head_splits,
+    prefill_launch,
+    thriftier,
+)
 
 DIMS = (16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 PAIRS = [*((dim, dim) for dim in DIMS), (192, 128), (128, 192), (64, 256), (256, 16), (16, 256)]
@@ -34,10 +41,10 @@ def resident(launch: Launch, dims, itemsize, moving: int, kept: int) -> int:
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_prefill_launches_are_legal(itemsize):
-    for dims, size, nm, decision, capacity in CALLS:
-        if size != itemsize:
+    for (dims, size, nm, decision, capacity), decides in product(CALLS, (False, True)):
+        if size != itemsize or (decides and decision is None):
             continue
-        launch = prefill_launch(dims, size, nm, decision, 0, capacity)
+        launch = prefill_launch(dims, size, nm, decision, decides, 0, capacity)
         assert_legal(launch, nm)
         if decision is not None:
             rows, keys = decision
@@ -45,6 +52,7 @@ def test_prefill_launches_are_legal(itemsize):
             assert launch.block_m % rows == 0 and launch.block_m // rows <= MOST_GROUPS
         of_queries = launch.block_m * block_dim(dims[0]) * size
         fits = resident(launch, dims, size, launch.block_n, of_queries) <= capacity
+        fits = fits or launch.late_values
         assert fits or launch.stages == 1, (dims, size, nm, decision, capacity)
 
 
@@ -105,3 +113,25 @@ def test_head_dims_are_padded_to_powers_of_two():
         128,
         256,
     ]
+
+
+def test_thriftier_launches_need_less_and_less_down_to_the_decision_tile():
+    found = list(thriftier(Launch(128, 64, 8, 3), 32, 64))
+    assert found[0] == Launch(128, 64, 8, 3) and found[-1].stages == 1
+    assert [(x.block_m, x.block_n, x.stages, x.late_values) for x in found] == [
+        (128, 64, 3, False),
+        (128, 64, 2, False),
+        (128, 64, 1, False),
+        (128, 64, 1, True),
+        (64, 64, 1, True),
+        (32, 64, 1, True),
+    ]
+
+
+def test_query_heads_are_split_where_programs_are_few():
+    assert head_splits(4, 512, 132, False) == 1
+    assert head_splits(4, 512, 132, True) == 2
+    assert head_splits(4, 128, 132, False) == 4
+    assert head_splits(32, 64, 132, False) == 8
+    assert head_splits(6, 1, 132, False) == 2  # shares are equal
+    assert head_splits(1, 1, 132, True) == 1

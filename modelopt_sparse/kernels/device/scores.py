@@ -62,14 +62,13 @@ def load_k(kv, tile, is_key, C: tl.constexpr, IS_EDGE: tl.constexpr):
     Args:
         kv: (k, v, k_stride, v_stride, k_box, v_box): pointers to the sequence's first key; where C.BOXES,
             boxes are (descriptor [.., D], row of the sequence's first key, column of the head).
-        is_key: bool [BLOCK_N], the columns to load at an edge; elsewhere all are.
+        is_key: bool [BLOCK_N], the columns to load at an edge; elsewhere all are. By boxes all are loaded at
+            edges too: what a hidden key holds reaches hidden scores only.
     """
     k, v, k_stride, v_stride, k_box, v_box = kv
-    if IS_EDGE:
-        return load_keys(k, k_stride, tile, is_key, C, False)
     if C.BOXES:
         return k_box[0].load([k_box[1] + tile * C.BLOCK_N, k_box[2]])
-    return load_keys(k, k_stride, tile, None, C, False)
+    return load_keys(k, k_stride, tile, is_key if IS_EDGE else None, C, False)
 
 
 @triton.jit
@@ -119,7 +118,10 @@ def visible(keys, low, high, sees, mask, bias, C: tl.constexpr):
         low, high: [BLOCK_M], the keys [low, high) of each row. sees: rows that take part.
         mask, bias: (pointers [BLOCK_M, 1], stride between keys).
     """
-    seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None]) & sees[:, None]
+    high = tl.where(sees, high, 0)
+    seen = keys[None, :] < high[:, None]
+    if C.HAS_LOWER_EDGE:
+        seen = seen & (keys[None, :] >= low[:, None])
     if C.HAS_MASK:
         pointers, stride = mask
         seen = seen & (

@@ -50,11 +50,13 @@ def attend(
     mask, bias = grids
     n_k, factor, scale_log2, softcap, nm = numbers
     threshold, counted = skipping
+    # With late values two programs share a multiprocessor, and there is no room for more at edges.
+    STAGES: tl.constexpr = 1 if IS_EDGE and C.LATE_VALUES else C.STAGES
     # A loop ends while its last product is still being computed. In a branch of its own, the sums
     # of a loop that does not run (zeros, set just then) meet the result only after the wait for it;
     # otherwise ptxas may serialise all products (C7515).
     if start < stop:
-        for visit in tl.range(start, stop, num_stages=C.STAGES):
+        for visit in tl.range(start, stop, num_stages=STAGES):
             takes_rows = is_row
             if C.GIVEN:
                 tile = tl.load(given_tiles + visit).to(tl.int32)
