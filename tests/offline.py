@@ -1,9 +1,9 @@
-"""Compiles the kernels for a GPU that isn't here: Triton's interpreter accepts code that its compiler refuses.
+"""Compiles the kernels for a GPU that isn't here: Triton's interpreter takes code that its compiler refuses.
 
     python -m tests.offline sm_90 dense skip
 
 A line for each kernel that would be launched: its name, warps and bytes of shared memory. Whatever goes wrong
-is raised, but that a launch needs more shared memory than the GPU has: so it is told, as on a real one.
+is told in full. As on a real GPU, a launch that needs more of something than there is gets `OutOfResources`.
 """
 
 from __future__ import annotations
@@ -64,17 +64,30 @@ GPUS = {
 }
 
 
-def attend(plan=None, *, dims=(128, 128), dtype=torch.float16, seqs=((300, 1), (300, 200)), **more):
-    """A call of four query heads and two of keys, forward and backward."""
+def attend(
+    plan=None, *, dims=(128, 128), heads=(4, 2), dtype=torch.float16, seqs=((300, 1), (300, 200)),
+    trains=True, **more,
+):  # fmt: skip
+    """A call, forward and backward."""
     seqs = Seqs.from_lengths(*map(list, seqs))
     rows, keys = int(seqs.q_len.sum()), int(seqs.k_len.sum())
 
     def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+        return torch.zeros(shape, dtype=dtype, requires_grad=trains)
 
-    q, k, v = zeros(rows, 4, dims[0]), zeros(keys, 2, dims[0]), zeros(keys, 2, dims[1])
-    call = Call(q, k, v, seqs, plan or Plan(), **more)
-    ops.run(checked(call)).out.sum().backward()
+    q = zeros(rows, heads[0], dims[0])
+    k, v = (zeros(keys, heads[1], dim) for dim in dims)
+    found = ops.run(checked(Call(q, k, v, seqs, plan or Plan(), **more)))
+    if trains:
+        (found.out.sum() + found.lse.sum()).backward()
+
+
+def attend_in_tf32():
+    torch.set_float32_matmul_precision("high")
+    try:
+        attend(dtype=torch.float32)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def grids():
@@ -84,57 +97,68 @@ def grids():
     return {"mask": mask, "bias": ScoreGrid(bias)}
 
 
-def given(rows: int, keys: int) -> Plan:
+def given(rows: int, keys: int, nm: NMSparsity | None = None, phase: Phase | None = None) -> Plan:
     """Tiles for the sequences of `attend`."""
     seqs = Seqs.from_lengths([300, 1], [300, 200])
-    size = {"rows": 301, "heads": 4}
-    return Plan(tiles=TileMap.from_kept([None, None], seqs, True, rows, keys, **size))
+    size = {"rows": 301, "heads": 4, "phase": phase}
+    return Plan(nm, tiles=TileMap.from_kept([None, None], seqs, True, rows, keys, **size))
 
 
-SKIP, DECODE = SkipSoftmax(0.1), SkipSoftmaxDecode(0.1)
-BOTH = Plan(skip=SKIP, skip_decode=DECODE)
+def skip(rows=64, keys=128, decode_keys=64, threshold=0.1, nm=None, per_head=False, **more) -> Plan:
+    """Tiles are skipped, in both phases."""
+    decode = SkipSoftmaxDecode(threshold, decode_keys, vote_per_head=per_head, **more)
+    return Plan(nm, SkipSoftmax(threshold, rows, keys, **more), decode)
+
+
+BOUNDS = torch.tensor([[0, 300]] * 301).int()
+SINKS = torch.zeros(4)
+LAMBDAS = torch.full((2, 4), 0.1)
 COUNTED = (0.01, 0.1, 0.5)
-EXACT = Plan(
-    skip=SkipSoftmax(0.1, exact_normalizer=True, count_thresholds=COUNTED),
-    skip_decode=SkipSoftmaxDecode(0.1, exact_normalizer=True, count_thresholds=COUNTED),
-)
-NARROW = Plan(skip=SkipSoftmax(0.1, 16, 16), skip_decode=SkipSoftmaxDecode(0.1, 16, 64))
-
-
-def bounds() -> torch.Tensor:
-    return torch.tensor([[0, 300]] * 301).int()
-
+TWO, FOUR = NMSparsity(2, 4), NMSparsity(4, 8)
+FP32 = torch.float32
+DRAFT = {"seqs": ((4, 1), (300, 200)), "phase": Phase.DECODE}
 
 CASES = {
     "dense": lambda: attend(),
-    "skip": lambda: attend(BOTH),
-    "2:4": lambda: attend(Plan(NMSparsity(2, 4))),
-    "4:8": lambda: attend(Plan(NMSparsity(4, 8))),
-    "2:4+skip": lambda: attend(Plan(NMSparsity(2, 4), SKIP, DECODE)),
+    "skip": lambda: attend(skip()),
+    "2:4": lambda: attend(Plan(TWO)),
+    "4:8": lambda: attend(Plan(FOUR), phase=Phase.PREFILL),
+    "2:4+skip": lambda: attend(skip(nm=TWO)),
     "given": lambda: attend(given(64, 128)),
-    "given small": lambda: attend(given(16, 16)),
-    "small tiles": lambda: attend(NARROW),
-    "bounds": lambda: attend(bounds=bounds()),
-    "bounds+skip": lambda: attend(BOTH, bounds=bounds()),
+    "given 16x16": lambda: attend(given(16, 16)),
+    "4:8+given": lambda: attend(given(64, 128, FOUR, Phase.PREFILL), phase=Phase.PREFILL),
+    "skip 16x16": lambda: attend(skip(16, 16, 16)),
+    "skip 16x128": lambda: attend(skip(16, 128, 128)),
+    "skip 32x64": lambda: attend(skip(32, 64, 32)),
+    "skip 128x16": lambda: attend(skip(128, 16)),
+    "skip per head": lambda: attend(skip(threshold=LAMBDAS, per_head=True)),
+    "skip of 3 heads": lambda: attend(skip(), heads=(3, 1)),
+    "skip untrained": lambda: attend(skip(), trains=False),
+    "skip details": lambda: attend(skip(), details=True),
+    "counted": lambda: attend(skip(threshold=None, count_thresholds=COUNTED)),
+    "exact": lambda: attend(skip(exact_normalizer=True, count_thresholds=COUNTED)),
+    "bounds": lambda: attend(bounds=BOUNDS),
+    "bounds+skip": lambda: attend(skip(), bounds=BOUNDS),
     "window": lambda: attend(window=100),
+    "window+skip": lambda: attend(skip(), window=100),
     "full": lambda: attend(causal=False),
-    "softcap+sinks": lambda: attend(softcap=30.0, sinks=torch.zeros(4)),
+    "softcap+sinks": lambda: attend(softcap=30.0, sinks=SINKS),
     "grids": lambda: attend(**grids()),
-    "grids+skip": lambda: attend(BOTH, **grids()),
-    "exact": lambda: attend(EXACT),
-    "speculative": lambda: attend(
-        Plan(skip_decode=DECODE), seqs=((4, 1), (300, 200)), phase=Phase.DECODE
-    ),
+    "grids+skip": lambda: attend(skip(), **grids()),
+    "grids+exact": lambda: attend(skip(exact_normalizer=True), phase=Phase.PREFILL, **grids()),
+    "speculative": lambda: attend(**DRAFT),
+    "speculative skip": lambda: attend(Plan(skip_decode=SkipSoftmaxDecode(0.1)), **DRAFT),
     "dim 64": lambda: attend(dims=(64, 64)),
-    "dim 64 skip": lambda: attend(BOTH, dims=(64, 64)),
+    "dim 64 skip": lambda: attend(skip(), dims=(64, 64)),
     "dim 80": lambda: attend(dims=(80, 80)),
     "dim 256": lambda: attend(dims=(256, 256)),
-    "dim 256 skip": lambda: attend(BOTH, dims=(256, 256)),
-    "dims 192 128": lambda: attend(dims=(192, 128)),
-    "dims 192 128 skip": lambda: attend(BOTH, dims=(192, 128)),
-    "fp32": lambda: attend(dtype=torch.float32),
-    "fp32 skip": lambda: attend(BOTH, dtype=torch.float32),
-    "fp32 2:4": lambda: attend(Plan(NMSparsity(2, 4)), dtype=torch.float32, dims=(64, 64)),
+    "dim 256 skip": lambda: attend(skip(), dims=(256, 256)),
+    "dims 192, 128": lambda: attend(dims=(192, 128)),
+    "dims 192, 128 skip": lambda: attend(skip(), dims=(192, 128)),
+    "fp32": lambda: attend(dtype=FP32),
+    "fp32 skip": lambda: attend(skip(), dtype=FP32),
+    "fp32 2:4": lambda: attend(Plan(TWO), dtype=FP32, dims=(64, 64)),
+    "tf32": attend_in_tf32,
 }
 
 
@@ -165,9 +189,14 @@ def compile_only(gpu: GPU) -> None:
     def compiled(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         found = kernel.metadata
-        if found.shared > gpu.capacity:
-            print(f"  {self.__name__}: {found.shared} bytes are too many", flush=True)
-            raise OutOfResources(found.shared, gpu.capacity, "shared memory")
+        for kind, needed, most in (
+            ("shared memory", found.shared, gpu.capacity),
+            ("tensor memory", getattr(found, "tmem_size", None) or 0, 512),
+            ("threads", found.num_warps * gpu.lanes, 1024),
+        ):
+            if needed > most:
+                print(f"  {self.__name__} is refused: {needed} of {kind}", flush=True)
+                raise OutOfResources(needed, most, kind)
         print(f"  {self.__name__}: {found.num_warps} warps, {found.shared} bytes", flush=True)
         return kernel
 

@@ -53,17 +53,21 @@ def sequences(seqs: Seqs) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
 
 
 def grid(scores: ScoreGrid | None, seqs: Seqs) -> tuple[Any, ...]:
-    """A grid's values, starts and strides; the stride of heads is 0 where they share."""
+    """A grid's values, starts and strides; the stride of heads is 0 where they share.
+
+    Kernels want the keys of a row side by side, so values that lie otherwise are copied.
+    """
     if scores is None:
-        return None, None, None, (0, 0, 0, 0)
+        return None, None, None, 0, 0, 0, 0
     values = scores.values.view(torch.uint8) if scores.values.dtype == torch.bool else scores.values
+    values = values if values.stride(-1) == 1 else values.contiguous()
     by_item, by_head, by_row, by_key = values.stride()
     if values.shape[1] == 1:
         by_head = 0
     zeros = torch.zeros_like(seqs.q_len)
     row_start = zeros if scores.row_start is None else scores.row_start
     key_start = zeros if scores.key_start is None else scores.key_start
-    return values, row_start, key_start, (by_item, by_head, by_row, by_key)
+    return values, row_start, key_start, by_item, by_head, by_row, by_key
 
 
 def grid_bytes(call: Call) -> int:

@@ -115,7 +115,7 @@ def backward(
     rows, heads = q.shape[:2]
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
-    splits = _key_splits(call, is_sparse=tiles is not None)
+    splits = _key_splits(call)
     d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     d_k, d_v = (
         x.new_empty((splits, *x.shape), dtype=x.dtype if splits == 1 else torch.float32)
@@ -134,10 +134,10 @@ def backward(
             for part in _parts(call, tiles, decode_tiles):
                 launches.queries(part, d_q, d_bias)
                 launches.keys(part, d_k, d_v)
-            d_k, d_v = (x[0] if splits == 1 else x.sum(0).to(q.dtype) for x in (d_k, d_v))
             clear_unowned(d_q, None, seqs.q_start, seqs.q_len)
-            clear_unowned(d_k, None, seqs.k_start, seqs.k_len)
-            clear_unowned(d_v, None, seqs.k_start, seqs.k_len)
+            for share in (*d_k, *d_v):
+                clear_unowned(share, None, seqs.k_start, seqs.k_len)
+        d_k, d_v = (x[0] if splits == 1 else x.sum(0).to(q.dtype) for x in (d_k, d_v))
     else:
         d_k, d_v = (torch.zeros_like(x, dtype=q.dtype) for x in (d_k[0], d_v[0]))
         d_q.zero_()
@@ -155,11 +155,11 @@ def backward(
     return d_q, d_k, d_v, d_sinks, d_bias
 
 
-def _key_splits(call: Call, is_sparse: bool) -> int:
+def _key_splits(call: Call) -> int:
     """How many programs share the query heads of a key tile: enough to keep the GPU busy to the end."""
     heads, kv_heads = call.q.shape[1], call.k.shape[1]
     programs = _super_blocks_of_keys(call) * kv_heads
-    return head_splits(heads // kv_heads, programs, processors(call.q.device), is_sparse)
+    return head_splits(heads // kv_heads, programs, processors(call.q.device))
 
 
 def _super_blocks_of_keys(call: Call) -> int:
@@ -228,7 +228,7 @@ class _Launches:
             *arguments.sequences(call.seqs), super_blocks, heads, heads // call.k.shape[1], rows,
             call.bounds, arguments.window(call.window),
             *arguments.grid(call.mask, call.seqs), *arguments.grid(call.bias, call.seqs),
-            d_bias, (0, 0, 0, 0) if d_bias is None else d_bias.stride(),
+            d_bias, *((0, 0, 0, 0) if d_bias is None else d_bias.stride()),
             call.scale, call.softcap or 0.0, *arguments.shields(part.nm),
             words, n_words, *lists, n_words * WORD_BITS,
             C, num_warps=launch.warps, num_stages=launch.stages,

@@ -69,15 +69,13 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def head_splits(group: int, programs: int, processors: int, is_sparse: bool) -> int:
+def head_splits(group: int, programs: int, processors: int) -> int:
     """Into how many shares the query heads of a KV head are split, given the programs without a split.
 
-    Each share has to be stored and added up, which costs more than it gains once all are busy. Where tiles
-    are left out, all others wait for the first keys, which every row looks at.
+    Each share has to be stored and added up, which costs more than it gains once all are busy.
     """
-    enough = (6 if is_sparse else 2) * processors
     splits = 1
-    while group % (2 * splits) == 0 and programs * splits < enough:
+    while group % (2 * splits) == 0 and programs * splits < 2 * processors:
         splits *= 2
     return splits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,3 +169,14 @@ def test_longer_bounds_on_the_lengths_change_nothing():
     for plan in (Plan(), Plan(NMSparsity(2, 4, 0, 0))):
         plain = attention_triton(*inputs.qkv, plan=plan)
         assert torch.equal(attention_triton(*inputs.qkv[:3], roomy, plan=plan).out, plain.out)
+
+
+def test_grids_whose_keys_do_not_lie_side_by_side():
+    inputs = small(dtype=torch.float32)
+    options = features("mask", inputs)
+    wanted = attention_triton(*inputs.qkv, **options)
+    values = options["mask"].values
+    turned = values.transpose(2, 3).contiguous().transpose(2, 3)
+    assert turned.stride(-1) != 1
+    options["mask"] = replace(options["mask"], values=turned)
+    assert torch.equal(attention_triton(*inputs.qkv, **options).out, wanted.out)

@@ -129,9 +129,8 @@ def test_thriftier_launches_need_less_and_less_down_to_the_decision_tile():
 
 
 def test_query_heads_are_split_where_programs_are_few():
-    assert head_splits(4, 512, 132, False) == 1
-    assert head_splits(4, 512, 132, True) == 2
-    assert head_splits(4, 128, 132, False) == 4
-    assert head_splits(32, 64, 132, False) == 8
-    assert head_splits(6, 1, 132, False) == 2  # shares are equal
-    assert head_splits(1, 1, 132, True) == 1
+    assert head_splits(4, 512, 132) == 1
+    assert head_splits(4, 128, 132) == 4
+    assert head_splits(32, 64, 132) == 8
+    assert head_splits(6, 1, 132) == 2  # shares are equal
+    assert head_splits(1, 1, 132) == 1

@@ -9,7 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modelopt_sparse.kernels import NMSparsity, Plan, Seqs, SkipSoftmax, SkipSoftmaxDecode
+from modelopt_sparse.kernels import (
+    NMSparsity,
+    Plan,
+    ScoreGrid,
+    Seqs,
+    SkipSoftmax,
+    SkipSoftmaxDecode,
+)
 from tests.gpu import calls
 from tests.gpu.calls import (
     DEVICE,
@@ -211,6 +218,37 @@ def test_thresholds_lengths_and_batches_compile_nothing():
     with compilations() as seen:
         for i in range(100):
             call(("prefill", "decode", "mixed")[i % 3], i % 2 == 0)
+    assert not seen, seen
+
+
+def test_grids_of_any_size_and_place_compile_nothing():
+    generator = random.Random(1)
+
+    def grid(batch: int, n_q: int, n_k: int, dtype):
+        heads = generator.choice([1, 4])
+        room, skipped = generator.choice([0, 3, 16]), generator.choice([0, 1, 2])
+        size = (batch, heads, skipped + n_q + room, skipped + n_k + room)
+        values = torch.ones(size, device=DEVICE, dtype=dtype)
+        return ScoreGrid(values[:, :, skipped : skipped + n_q, skipped : skipped + n_k])
+
+    def call():
+        n_q, n_k = generator.choice([(300, 300), (7, 401), (128, 256)])
+        # Starts that lie anywhere in memory.
+        ends = torch.arange(4, dtype=torch.int32, device=DEVICE)[generator.choice([0, 1]) :]
+        seqs = Seqs(
+            ends[:2] * n_q, ends[1:3] * 0 + n_q, ends[:2] * n_k, ends[1:3] * 0 + n_k, n_q, n_k
+        )
+        q = torch.randn(3 * n_q, 4, 64, device=DEVICE, dtype=torch.bfloat16)
+        k, v = torch.randn(2, 3 * n_k, 2, 64, device=DEVICE, dtype=torch.bfloat16)
+        grids = {"mask": grid(2, n_q, n_k, torch.bool), "bias": grid(2, n_q, n_k, torch.bfloat16)}
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        output = calls.attention_varlen(*leaves, seqs, plan=Plan(skip=SkipSoftmax(0.3)), **grids)
+        torch.autograd.grad(output.out, leaves, torch.randn_like(output.out))
+
+    call()
+    with compilations() as seen:
+        for _ in range(30):
+            call()
     assert not seen, seen
 
 

@@ -101,13 +101,18 @@ def load_v(
 
 
 @triton.jit
-def grid_pointers(values, row_start, key_start, strides, sequence, head, rows):
-    """Pointers to the entries of a `ScoreGrid` for a program's rows and key 0: [BLOCK_M, 1]."""
-    stride_b, stride_h, stride_r, stride_k = strides
+def grid_pointers(
+    values, row_start, key_start, by_item, by_head, by_row, by_key, sequence, head, rows
+):  # fmt: skip
+    """Pointers to the entries of a `ScoreGrid` for a program's rows and key 0: [BLOCK_M, 1].
+
+    Args:
+        by_item, by_head, by_row, by_key: strides.
+    """
     first_row = tl.load(row_start + sequence).to(tl.int64)
     first_key = tl.load(key_start + sequence).to(tl.int64)
-    base = values + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    return base + (first_row + rows.to(tl.int64))[:, None] * stride_r + first_key * stride_k
+    base = values + sequence.to(tl.int64) * by_item + head.to(tl.int64) * by_head
+    return base + (first_row + rows.to(tl.int64))[:, None] * by_row + first_key * by_key
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from modelopt_sparse.kernels.device.row_blocks import row_block_limits
+from modelopt_sparse.kernels.device.run_time import RUN_TIME
 from modelopt_sparse.kernels.device.scores import (
     columns_to_keys,
     grid_pointers,
@@ -25,15 +26,8 @@ from modelopt_sparse.kernels.stages.skip import row_tile_of_rows
 from .gradients import key_gradients, query_gradients
 from .prefill import list_limits, program_place
 
-_NOT_SPECIALISED = [
-    "n_sequences", "n_super_blocks", "n_heads", "group", "n_rows", "window",
-    "num_sink_tokens", "dense_window_size", "n_words", "list_stride",
-    "box_rows", "box_columns", "v_box_columns", "d_out_box_columns", "n_splits", "d_k_split", "d_v_split",
-    "mask_strides", "bias_strides", "d_bias_strides",
-]  # fmt: skip
 
-
-@triton.jit(do_not_specialize=["n_rows", "n_heads"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def prepare_kernel(
     out, lse, d_out, d_lse, row_sums, out_strides, d_out_strides, n_rows, n_heads, C: tl.constexpr
 ):
@@ -64,14 +58,15 @@ def prepare_kernel(
     tl.store(row_sums + n_rows, of_row_delta, mask=exists)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=RUN_TIME)
 def query_gradient_kernel(
     q, k, v, d_out, row_sums, d_q, k_boxes, v_boxes, box_rows, box_columns, v_box_columns,
     q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
     q_start, q_len, k_start, k_len, n_sequences, n_super_blocks, n_heads, group, n_rows,
     bounds, window,
-    mask, mask_row_start, mask_key_start, mask_strides,
-    bias, bias_row_start, bias_key_start, bias_strides, d_bias, d_bias_strides,
+    mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+    bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+    d_bias, d_bias_item, d_bias_head, d_bias_row, d_bias_key,
     scale, softcap, num_sink_tokens, dense_window_size,
     words, n_words, lists, list_groups, list_lengths, list_stride,
     C: tl.constexpr,
@@ -135,19 +130,22 @@ def query_gradient_kernel(
     bias_gradient = (0, 0)
     if C.HAS_MASK:
         pointers = grid_pointers(
-            mask, mask_row_start, mask_key_start, mask_strides, sequence, head, position - first
-        )
-        mask_grid = (pointers, mask_strides[3])
+            mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+            sequence, head, position - first,
+        )  # fmt: skip
+        mask_grid = (pointers, mask_key)
     if C.HAS_BIAS:
         pointers = grid_pointers(
-            bias, bias_row_start, bias_key_start, bias_strides, sequence, head, position - first
-        )
-        bias_grid = (pointers, bias_strides[3])
+            bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+            sequence, head, position - first,
+        )  # fmt: skip
+        bias_grid = (pointers, bias_key)
         if C.BIAS_GRADIENT:
             pointers = grid_pointers(
-                d_bias, bias_row_start, bias_key_start, d_bias_strides, sequence, head, position - first
+                d_bias, bias_row_start, bias_key_start, d_bias_item, d_bias_head, d_bias_row, d_bias_key,
+                sequence, head, position - first,
             )  # fmt: skip
-            bias_gradient = (pointers, d_bias_strides[3])
+            bias_gradient = (pointers, d_bias_key)
     grids = (mask_grid, bias_grid)
 
     limits = block_limits(low, high, is_row, first_row, last_row, n_k, window, C)
@@ -229,15 +227,15 @@ def decision_pointers(
     return words + (slot * n_heads + head) * n_words
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=RUN_TIME)
 def key_gradient_kernel(
     q, k, v, d_out, row_sums, d_k, d_v, n_splits, d_k_split, d_v_split,
     q_boxes, d_out_boxes, box_rows, box_columns, d_out_box_columns,
     q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
     q_start, q_len, k_start, k_len, n_sequences, n_super_blocks, n_heads, group, n_rows,
     bounds, window,
-    mask, mask_row_start, mask_key_start, mask_strides,
-    bias, bias_row_start, bias_key_start, bias_strides,
+    mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+    bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
     scale, softcap, num_sink_tokens, dense_window_size,
     words, n_words, lists, list_groups, list_lengths, list_stride,
     C: tl.constexpr,
@@ -310,14 +308,16 @@ def key_gradient_kernel(
         bias_grid = (0, 0, 0)
         if C.HAS_MASK:
             pointer = grid_pointers(
-                mask, mask_row_start, mask_key_start, mask_strides, sequence, head, tl.arange(0, 1)
-            )
-            mask_grid = (pointer, mask_strides[2], mask_strides[3])
+                mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+                sequence, head, tl.arange(0, 1),
+            )  # fmt: skip
+            mask_grid = (pointer, mask_row, mask_key)
         if C.HAS_BIAS:
             pointer = grid_pointers(
-                bias, bias_row_start, bias_key_start, bias_strides, sequence, head, tl.arange(0, 1)
-            )
-            bias_grid = (pointer, bias_strides[2], bias_strides[3])
+                bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+                sequence, head, tl.arange(0, 1),
+            )  # fmt: skip
+            bias_grid = (pointer, bias_row, bias_key)
         grids = (mask_grid, bias_grid)
         decisions = (q_len, 0)
         if C.BITS:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from modelopt_sparse.kernels.device.run_time import RUN_TIME
 
-@triton.jit(do_not_specialize=["n_sequences", "n_tokens", "n_heads"])
+
+@triton.jit(do_not_specialize=RUN_TIME)
 def clear_kernel(
     x, lse, strides, start, length, n_sequences, n_tokens, n_heads, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

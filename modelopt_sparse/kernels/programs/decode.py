@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from modelopt_sparse.kernels.device.run_time import RUN_TIME
 from modelopt_sparse.kernels.device.scores import (
     columns_to_keys,
     grid_pointers,
@@ -149,20 +150,14 @@ def share(part, rest):
     return part / tl.where(whole == 0, 1.0, whole)
 
 
-_NOT_SPECIALISED = [
-    "n_heads", "group", "n_members", "n_blocks", "max_q", "window", "n_words", "segment_tiles",
-    "log2_threshold", "mask_strides", "bias_strides",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=RUN_TIME)
 def decode_kernel(
     q, k, v, out, lse,
     q_strides, k_strides, v_strides, out_strides,
     q_start, q_len, k_start, k_len, n_heads, group, n_members, n_blocks, max_q,
     bounds, window,
-    mask, mask_row_start, mask_key_start, mask_strides,
-    bias, bias_row_start, bias_key_start, bias_strides,
+    mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+    bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
     sinks, scale, softcap,
     log2_threshold, log2_thresholds, threshold_strides, count_thresholds, counts, segment_tiles,
     words, n_words, dropped_bound, dropped,
@@ -219,14 +214,16 @@ def decode_kernel(
     bias_grid = (0, 0)
     if C.HAS_MASK:
         pointers = grid_pointers(
-            mask, mask_row_start, mask_key_start, mask_strides, sequence, each_head, index
-        )
-        mask_grid = (pointers, mask_strides[3])
+            mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+            sequence, each_head, index,
+        )  # fmt: skip
+        mask_grid = (pointers, mask_key)
     if C.HAS_BIAS:
         pointers = grid_pointers(
-            bias, bias_row_start, bias_key_start, bias_strides, sequence, each_head, index
-        )
-        bias_grid = (pointers, bias_strides[3])
+            bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+            sequence, each_head, index,
+        )  # fmt: skip
+        bias_grid = (pointers, bias_key)
     grids = (mask_grid, bias_grid)
 
     scale_log2 = scale * LOG2_E

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from modelopt_sparse.kernels.device.run_time import RUN_TIME
 from modelopt_sparse.kernels.device.sequence import (
     find_sequence,
     first_position,
@@ -16,7 +17,7 @@ from modelopt_sparse.kernels.device.sequence import (
 _WORDS = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_words", "list_stride"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def row_lists_kernel(
     words, lists, groups_of, lengths, n_heads, n_words, list_stride, GROUPS: tl.constexpr
 ):
@@ -50,12 +51,7 @@ def row_lists_kernel(
     tl.store(lengths + place, length)
 
 
-_NOT_SPECIALISED = [
-    "n_sequences", "n_heads", "window", "num_sink_tokens", "dense_window_size", "n_words", "list_stride",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=RUN_TIME)
 def column_lists_kernel(
     words, n_words, lists, groups_of, lengths, list_stride,
     q_start, q_len, k_len, n_sequences, n_heads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from modelopt_sparse.kernels.device.run_time import RUN_TIME
 from modelopt_sparse.kernels.device.scores import grid_pointers, load_rows
 from modelopt_sparse.kernels.device.sequence import find_sequence, first_position, row_limits
 from modelopt_sparse.kernels.device.softmax import LOG2_E, finish
@@ -15,12 +16,6 @@ from .attend import attend
 
 # Heads that run at the same time, so that their keys stay in the cache.
 HEADS_TOGETHER = tl.constexpr(8)
-
-_NOT_SPECIALISED = [
-    "n_sequences", "n_super_blocks", "n_heads", "group", "window", "num_sink_tokens", "dense_window_size",
-    "n_words", "list_stride", "log2_threshold", "box_rows", "box_columns", "v_box_columns", "mask_strides",
-    "bias_strides",
-]  # fmt: skip
 
 
 @triton.jit
@@ -33,14 +28,14 @@ def program_place(pid, n_blocks, n_heads):
     return first_head + place % n_here, n_blocks - 1 - place // n_here
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=RUN_TIME)
 def prefill_kernel(
     q, k, v, out, lse, k_boxes, v_boxes, box_rows, box_columns, v_box_columns,
     q_strides, k_strides, v_strides, out_strides,
     q_start, q_len, k_start, k_len, n_sequences, n_super_blocks, n_heads, group,
     bounds, window,
-    mask, mask_row_start, mask_key_start, mask_strides,
-    bias, bias_row_start, bias_key_start, bias_strides,
+    mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+    bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
     sinks, scale, softcap,
     num_sink_tokens, dense_window_size,
     log2_threshold, log2_thresholds, threshold_strides, count_thresholds, counts,
@@ -95,14 +90,16 @@ def prefill_kernel(
     bias_grid = (0, 0)
     if C.HAS_MASK:
         pointers = grid_pointers(
-            mask, mask_row_start, mask_key_start, mask_strides, sequence, head, position - first
-        )
-        mask_grid = (pointers, mask_strides[3])
+            mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+            sequence, head, position - first,
+        )  # fmt: skip
+        mask_grid = (pointers, mask_key)
     if C.HAS_BIAS:
         pointers = grid_pointers(
-            bias, bias_row_start, bias_key_start, bias_strides, sequence, head, position - first
-        )
-        bias_grid = (pointers, bias_strides[3])
+            bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+            sequence, head, position - first,
+        )  # fmt: skip
+        bias_grid = (pointers, bias_key)
     grids = (mask_grid, bias_grid)
 
     top, bottom, full_top, full_bottom = tile_limits(
@@ -139,6 +136,11 @@ def prefill_kernel(
         full_bottom = tl.maximum(full_bottom, greatest_first + 1)
         n_full = tl.maximum(full_top - full_bottom + 1, 0)
         n_edge = tl.where(n_full > 0, n_last + n_first + top - 1 - full_top, n_visits)
+        if C.GROUPS == 1 and not C.HAS_LOWER_EDGE:
+            # One row tile has one last and one first tile, and the first is as visible as those after it.
+            joins = tl.where((n_full > 0) & (n_edge == 2), 1, 0)
+            n_edge -= joins
+            n_full += joins
         if C.STORE_TILES:
             tile_words = (
                 words + (slot.to(tl.int64) * C.GROUPS * n_heads + head) * n_words,

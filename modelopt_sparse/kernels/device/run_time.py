@@ -1,0 +1,16 @@
+"""Arguments of which compiled kernels know nothing: no other value or alignment compiles again."""
+
+from __future__ import annotations
+
+# Triton looks at the numbers in a tuple whatever it is told, so the strides of grids are single arguments.
+# That from key to key is always 1, and is not here: unless it is known, Triton 3.6 fails to compile some.
+RUN_TIME = [
+    "n_sequences", "n_super_blocks", "n_heads", "group", "n_rows", "n_tokens", "n_members", "n_blocks",
+    "max_q", "window", "num_sink_tokens", "dense_window_size", "segment_tiles", "log2_threshold",
+    "n_words", "list_stride", "n_splits", "d_k_split", "d_v_split",
+    "box_rows", "box_columns", "v_box_columns", "d_out_box_columns",
+    "q_start", "q_len", "k_start", "k_len", "start", "length", "bounds", "sinks", "log2_thresholds",
+    "mask", "mask_row_start", "mask_key_start", "mask_item", "mask_head", "mask_row",
+    "bias", "bias_row_start", "bias_key_start", "bias_item", "bias_head", "bias_row",
+    "d_bias", "d_bias_item", "d_bias_head", "d_bias_row",
+]  # fmt: skip
