@@ -31,7 +31,7 @@ from .programs.backward import (
     query_gradient_kernel,
 )
 from .programs.lists import column_lists_kernel
-from .tile_lists import NO_LISTS, Lists, empty_lists, row_lists
+from .tile_lists import NO_LISTS, empty_lists, row_lists
 from .tiles import SUPER_ROWS, WORD_BITS, slot_count
 from .types import NMSparsity, Phase, TileMap
 
@@ -217,7 +217,7 @@ class _Launches:
         C = self._variant(launch, part, k_boxes is not None, d_bias is not None)
         super_blocks = slot_count(rows, call.seqs.q_len.shape[0], call.seqs.max_q, SUPER_ROWS)
         words, n_words = _words(part)
-        lists: Lists | tuple[None, None, None] = NO_LISTS
+        lists = NO_LISTS
         if C.GIVEN:
             assert words is not None
             lists = row_lists(words, super_blocks * (SUPER_ROWS // C.LIST_ROWS), C.GROUPS)
@@ -252,18 +252,20 @@ class _Launches:
         if not super_blocks:
             return
         words, n_words = _words(part)
-        lists: Lists | tuple[None, None, None] = NO_LISTS
         blocks = super_blocks * (SUPER_ROWS // C.BLOCK_N)
-        length = (-(-seqs.max_q // SUPER_ROWS) + 1) * (SUPER_ROWS // C.BLOCK_M)
+        units = k.shape[1] * splits
+        lists, length = NO_LISTS, 0
         if C.LISTED:
-            listed_heads = heads if C.GIVEN else 1
-            lists = empty_lists((blocks, listed_heads), length, (2,), q.device)
-            column_lists_kernel[(super_blocks, listed_heads)](
-                words, n_words, *lists, length, seqs.q_start, seqs.q_len, seqs.k_len, batch, heads,
+            n_lists, members = (units, heads // units) if C.GIVEN else (1, 1)
+            n_blocks = (-(-seqs.max_q // SUPER_ROWS) + 1) * (SUPER_ROWS // C.BLOCK_M)
+            lists = empty_lists((blocks, n_lists), n_blocks, members, (2,), q.device)
+            length = n_blocks * members
+            column_lists_kernel[(super_blocks, n_lists)](
+                words, n_words, *lists, length, seqs.q_start, seqs.q_len, seqs.k_len, batch, heads, members,
                 call.bounds, arguments.window(call.window), *arguments.shields(part.nm), C, num_warps=4,
             )  # fmt: skip
         tensors = (q, k, call.v, self.d_out, d_k[0], d_v[0])
-        key_gradient_kernel[(blocks * k.shape[1] * splits,)](
+        key_gradient_kernel[(blocks * units,)](
             *tensors[:4], self.row_sums, d_k, d_v, splits, d_k.stride(0), d_v.stride(0),
             q_boxes, d_out_boxes, *steps,
             *(arguments.strides(x) for x in tensors),

@@ -15,7 +15,7 @@ from .launch import Launch, prefill_launch, shared_memory, thriftier
 from .launching import launch_first_that_fits
 from .programs.prefill import prefill_kernel
 from .results import Results, scratch
-from .tile_lists import NO_LISTS, Lists, row_lists
+from .tile_lists import NO_LISTS, row_lists
 from .tiles import SUPER_ROWS, slot_count
 
 
@@ -87,7 +87,7 @@ def _launch_as(
         **arguments.features(call),
     )
     blocks = super_blocks * (SUPER_ROWS // launch.block_m)
-    lists: Lists | tuple[None, None, None] = NO_LISTS
+    lists = NO_LISTS
     if tiles is not None:
         lists = row_lists(tiles.words.contiguous(), blocks, C.GROUPS)
     dropped = results.dropped

@@ -15,7 +15,7 @@ from modelopt_sparse.kernels.device.scores import (
 from modelopt_sparse.kernels.device.softmax import rescale
 from modelopt_sparse.kernels.device.visits import ordered_tile, takes_part
 from modelopt_sparse.kernels.stages.nm import nm_select, nm_shielded
-from modelopt_sparse.kernels.stages.skip import bit_count, count_skipped, store_tiles, vote
+from modelopt_sparse.kernels.stages.skip import bit_count, count_skipped, gather_tiles, vote
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def attend(
         state.
     """
     acc, total, running, bound, lost, tallies = state
-    visible_tiles, skipped_tiles, below = tallies
+    visible_tiles, skipped_tiles, below, pending = tallies
     position, low, high, is_row, group, first_key, stop_key, has_gaps = rows
     order, last, first = visits
     given_tiles, given_groups = given
@@ -105,7 +105,13 @@ def attend(
                         tile_max, running, counted, is_row, group, below, C.GROUPS
                     )
                 if C.STORE_TILES:
-                    store_tiles(words[0], words[1], tile, kept, C.GROUPS)
+                    # Beyond edges, tiles come one after the other: a word is stored when it is full.
+                    is_full = True
+                    if not IS_EDGE:
+                        is_full = (tile % 32 == 0) | (visit == stop - 1)
+                    pending = gather_tiles(
+                        pending, words[0], words[1], tile, kept, is_full, C.GROUPS
+                    )
                 stays = ((kept >> group) & 1) != 0
 
             if C.WEIGH_SKIPPED or any_kept:
@@ -144,4 +150,4 @@ def attend(
                 bound += tl.where(
                     tile_max == float("-inf"), 0.0, C.BLOCK_N * tl.exp2(tile_max - running)
                 )
-    return acc, total, running, bound, lost, (visible_tiles, skipped_tiles, below)
+    return acc, total, running, bound, lost, (visible_tiles, skipped_tiles, below, pending)

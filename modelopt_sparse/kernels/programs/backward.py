@@ -68,7 +68,7 @@ def query_gradient_kernel(
     bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
     d_bias, d_bias_item, d_bias_head, d_bias_row, d_bias_key,
     scale, softcap, num_sink_tokens, dense_window_size,
-    words, n_words, lists, list_groups, list_lengths, list_stride,
+    words, n_words, lists, tags, list_lengths, list_stride,
     C: tl.constexpr,
 ):  # fmt: skip
     """One program: C.BLOCK_M positions of one query head, placed as in the forward kernel.
@@ -160,7 +160,7 @@ def query_gradient_kernel(
         TILES: tl.constexpr = C.TILE_KEYS // C.BLOCK_N
         list_number = (super_block * 128 + block % PARTS * C.BLOCK_M) // C.LIST_ROWS
         place = list_number.to(tl.int64) * n_heads + head
-        given = (lists + place * list_stride, list_groups + place * list_stride)
+        given = (lists + place * list_stride, tags + place * list_stride)
         enter, full_start, full_stop, leave = list_limits(
             given[0], tl.load(list_lengths + place),
             top // TILES, (full_top + 1) // TILES - 1, (full_bottom + TILES - 1) // TILES, bottom // TILES,
@@ -237,7 +237,7 @@ def key_gradient_kernel(
     mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
     bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
     scale, softcap, num_sink_tokens, dense_window_size,
-    words, n_words, lists, list_groups, list_lengths, list_stride,
+    words, n_words, lists, tags, list_lengths, list_stride,
     C: tl.constexpr,
 ):  # fmt: skip
     """One program: C.BLOCK_N keys of one KV head, for a share of the query heads that read it.
@@ -245,7 +245,7 @@ def key_gradient_kernel(
     Args:
         n_splits: shares. d_k_split, d_v_split: elements from the sums of one share to those of the next.
         n_super_blocks: of keys. n_heads: of queries.
-        lists, list_groups, list_lengths: from `column_lists_kernel`; for C.LISTED.
+        lists, tags, list_lengths: from `column_lists_kernel`; for C.LISTED.
     """
     PARTS: tl.constexpr = 128 // C.BLOCK_N
     n_blocks = n_super_blocks * PARTS
@@ -280,73 +280,61 @@ def key_gradient_kernel(
     v += first_key * v_token + kv_head.to(tl.int64) * v_head
     k_tile = load_keys(k, k_token, tile, is_key, C, False)
     v_tile = load_keys(v, v_token, tile, is_key, C, True)
-    q_token, q_head = q_strides
-    d_out_token, d_out_head = d_out_strides
     scale_log2 = scale * LOG2_E
     factor = scale_log2 if C.IS_RAW else 1.0
     numbers = (factor, scale_log2, softcap, (num_sink_tokens, dense_window_size))
     place = (base, first, n_q, tl.load(q_start + sequence))
-    first_block_of_rows = 0
+    members = group // n_splits
+    heads = (kv_head * group + split * members, members, n_rows)
+    queries = (
+        q, d_out, q_strides, d_out_strides, (q_boxes, box_rows, box_columns),
+        (d_out_boxes, box_rows, d_out_box_columns),
+    )  # fmt: skip
+    mask_grid = (0, 0, 0, 0)
+    bias_grid = (0, 0, 0, 0)
+    if C.HAS_MASK:
+        pointer = grid_pointers(
+            mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+            sequence, sequence * 0, tl.arange(0, 1),
+        )  # fmt: skip
+        mask_grid = (pointer, mask_head, mask_row, mask_key)
+    if C.HAS_BIAS:
+        pointer = grid_pointers(
+            bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+            sequence, sequence * 0, tl.arange(0, 1),
+        )  # fmt: skip
+        bias_grid = (pointer, bias_head, bias_row, bias_key)
+    grids = (mask_grid, bias_grid)
+    decisions = (q_len, 0, 0)
     if C.BITS:
-        first_block_of_rows = first_super_block(sequence, q_len, k_len, n_sequences, C.CAUSAL)
-
+        super_block = first_super_block(sequence, q_len, k_len, n_sequences, C.CAUSAL)
+        pointer = decision_pointers(words, n_words, sequence, super_block, 0, 0, n_heads, C)
+        decisions = (pointer, n_heads * n_words, n_words)
+    given = (q_len, q_len)
+    given_edges = given
+    if C.LISTED:
+        entry = block.to(tl.int64)
+        if C.GIVEN:
+            entry = entry * (n_heads // members) + unit
+        given = (lists + entry * list_stride, tags + entry * list_stride)
+        given_edges = (given[0] + list_stride - 1, given[1] + list_stride - 1)
+        n_full = tl.load(list_lengths + entry * 2)
+        n_edges = tl.load(list_lengths + entry * 2 + 1)
+    visits = (first_block, n_before, n_full)
+    limits = (bounds, window)
     state = (
         tl.full([C.BLOCK_N, C.BLOCK_D], 0.0, tl.float32),
         tl.full([C.BLOCK_N, C.BLOCK_DV], 0.0, tl.float32),
     )
-    members = group // n_splits
-    for member in range(split * members, (split + 1) * members):
-        head = kv_head * group + member
-        of_head = head.to(tl.int64) * n_rows
-        sums = (row_sums + of_head * 2, n_rows)
-        queries = (
-            q + head.to(tl.int64) * q_head, d_out + head.to(tl.int64) * d_out_head, q_token, d_out_token,
-            (q_boxes, head * box_rows, head * box_columns),
-            (d_out_boxes, head * box_rows, head * d_out_box_columns),
-        )  # fmt: skip
-        mask_grid = (0, 0, 0)
-        bias_grid = (0, 0, 0)
-        if C.HAS_MASK:
-            pointer = grid_pointers(
-                mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
-                sequence, head, tl.arange(0, 1),
-            )  # fmt: skip
-            mask_grid = (pointer, mask_row, mask_key)
-        if C.HAS_BIAS:
-            pointer = grid_pointers(
-                bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
-                sequence, head, tl.arange(0, 1),
-            )  # fmt: skip
-            bias_grid = (pointer, bias_row, bias_key)
-        grids = (mask_grid, bias_grid)
-        decisions = (q_len, 0)
-        if C.BITS:
-            pointer = decision_pointers(
-                words, n_words, sequence, first_block_of_rows, 0, head, n_heads, C
-            )
-            decisions = (pointer, n_heads * n_words)
-        given = (q_len, q_len)
-        given_edges = given
-        if C.LISTED:
-            entry = block.to(tl.int64)
-            if C.GIVEN:
-                entry = entry * n_heads + head
-            given = (lists + entry * list_stride, list_groups + entry * list_stride)
-            given_edges = (given[0] + list_stride - 1, given[1] + list_stride - 1)
-            n_full = tl.load(list_lengths + entry * 2)
-            n_edges = tl.load(list_lengths + entry * 2 + 1)
-        visits = (first_block, n_before, n_full)
-        limits = (bounds, window)
-        if not C.ONLY_EDGES:
-            start = 0 if C.LISTED else n_before
-            state = key_gradients(
-                state, start, start + n_full, k_tile, v_tile, keys, n_k, queries, place, sums, visits, given,
-                decisions, limits, grids, numbers, C, False,
-            )  # fmt: skip
+    if not C.ONLY_EDGES:
         state = key_gradients(
-            state, 0, n_edges, k_tile, v_tile, keys, n_k, queries, place, sums, visits, given_edges,
-            decisions, limits, grids, numbers, C, True,
+            state, n_full, k_tile, v_tile, keys, n_k, heads, queries, place, row_sums, visits, given,
+            decisions, limits, grids, numbers, C, False,
         )  # fmt: skip
+    state = key_gradients(
+        state, n_edges, k_tile, v_tile, keys, n_k, heads, queries, place, row_sums, visits, given_edges,
+        decisions, limits, grids, numbers, C, True,
+    )  # fmt: skip
 
     d_k_tile, d_v_tile = state
     d_k += split.to(tl.int64) * d_k_split

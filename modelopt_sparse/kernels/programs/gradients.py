@@ -197,68 +197,84 @@ def keys_of(tile, C: tl.constexpr):
 
 @triton.jit
 def key_gradients(
-    state, start, stop, k, v, keys, n_k, queries, place, row_sums, visits, given, words, limits, grids,
+    state, n_visits, k, v, keys, n_k, heads, queries, place, row_sums, visits, given, words, limits, grids,
     numbers, C: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradients of a program's keys and values what one query head gives: walks row blocks.
+    """Adds to the gradients of a program's keys and values: walks row blocks of all its query heads.
+
+    One loop over all heads, for each loop starts with waiting for its first loads.
 
     Args:
         state: (d_k [BLOCK_N, BLOCK_D], d_v [BLOCK_N, BLOCK_DV]).
-        start, stop: the visits; of row blocks that see all keys, or else of the edges.
+        n_visits: of row blocks that see all keys, or else of the edges; of one head, or for C.GIVEN of all.
         k, v: the tiles. keys: [BLOCK_N] positions.
-        queries: (q, d_out, q_stride, d_out_stride, q_box, d_out_box), pointers to the head's first channel of
-            row 0; where C.BOXES, boxes are (descriptor [.., D], row 0 of the head, its column).
+        heads: (first head, how many, rows of the packed tensors).
+        queries: (q, d_out, q_strides, d_out_strides, q_box, d_out_box), pointers to row 0 of head 0; where
+            C.BOXES, boxes are (descriptor [.., D], rows and columns from a head to the next).
         place: (base, first, n_q, first_row): the position at which row blocks begin, that of the sequence's
             first row, how many rows it has, and where they begin in the packed tensors.
-        row_sums: (pointer to the lse of row 0, elements from there to its delta).
+        row_sums: pointer, see `prepare_kernel`.
         visits: (first_block, n_before, n_full): the first row block, and how many edges come before how many
             full ones.
-        given: pointers to a list's row blocks, from the front or the end, and to the row tiles that compute.
-        words: (pointer, step): decisions of the row tile at `base`, and from one row tile to the next.
+        given: pointers to a list's row blocks, from the front or the end, and to their tags.
+        words: (pointer, step, step of heads): decisions of head 0's row tile at `base`, and from one row tile
+            or head to the next.
         limits: (bounds, window).
-        grids: as (pointer [1, 1] to row 0 and key 0, stride between rows, stride between keys).
+        grids: as (pointer [1, 1] to row 0 and key 0 of head 0, strides of heads, rows and keys).
     """
     d_k, d_v = state
-    q, d_out, q_stride, d_out_stride, q_box, d_out_box = queries
+    first_head, n_heads, n_rows = heads
+    q, d_out, q_strides, d_out_strides, q_box, d_out_box = queries
+    q_stride, q_head = q_strides
+    d_out_stride, d_out_head = d_out_strides
     base, first, n_q, first_row = place
-    sums, sums_step = row_sums
     first_block, n_before, n_full = visits
-    given_blocks, given_groups = given
+    given_blocks, given_tags = given
     bounds, window = limits
     mask, bias = grids
     within = tl.arange(0, C.BLOCK_M)
-    for at in tl.range(start, stop, num_stages=C.STAGES):
+    stop = n_visits if C.GIVEN else n_visits * n_heads
+    of_a_head = tl.maximum(n_visits, 1)
+    for at in tl.range(0, stop, num_stages=C.STAGES):
         visit = at
+        tag = 0
+        if C.GIVEN:
+            tag = tl.load(given_tags + (-visit if IS_EDGE else visit)).to(tl.int32)
+            head = first_head + (tag >> 8)
+        else:
+            head = first_head + at // of_a_head
+            visit = at % of_a_head
         if C.LISTED:
-            if IS_EDGE:
-                visit = -at
-            block = tl.load(given_blocks + visit).to(tl.int32)
+            block = tl.load(given_blocks + (-visit if IS_EDGE else visit)).to(tl.int32)
         else:
             if IS_EDGE:
-                visit = tl.where(at < n_before, at, at + n_full)
+                visit = tl.where(visit < n_before, visit, visit + n_full)
+            else:
+                visit += n_before
             block = first_block + visit
         position = base + block * C.BLOCK_M + within
         block_row = (first_row + base - first + block * C.BLOCK_M).to(tl.int64)
-        q_block = q + block_row * q_stride
-        d_out_block = d_out + block_row * d_out_stride
+        q_block = q + head.to(tl.int64) * q_head + block_row * q_stride
+        d_out_block = d_out + head.to(tl.int64) * d_out_head + block_row * d_out_stride
+        sums = row_sums + head.to(tl.int64) * 2 * n_rows + block_row
         is_row = (position >= first) & (position < first + n_q)
         takes_rows = is_row
         if C.GIVEN and C.GROUPS > 1:
-            groups = tl.load(given_groups + visit).to(tl.int32)
-            takes_rows = is_row & (((groups >> (within // (C.BLOCK_M // C.GROUPS))) & 1) != 0)
+            takes_rows = is_row & (((tag >> (within // (C.BLOCK_M // C.GROUPS))) & 1) != 0)
         if IS_EDGE:
             live = takes_rows
             if C.HAS_GRIDS or C.HAS_BOUNDS:
                 # What rows hold that see no key must not be read.
-                of_rows = tl.load(sums + block_row + within, mask=takes_rows, other=float("inf"))
+                of_rows = tl.load(sums + within, mask=takes_rows, other=float("inf"))
                 live = takes_rows & (of_rows != float("inf"))
             q_tile = load_rows(q_block, q_stride, within, live, C.HEAD_DIM, C.BLOCK_D)
             d_out_tile = load_rows(
                 d_out_block, d_out_stride, within, live, C.HEAD_DIM_V, C.BLOCK_DV
             )
         elif C.BOXES:
-            q_tile = q_box[0].load([q_box[1] + block_row.to(tl.int32), q_box[2]])
-            d_out_tile = d_out_box[0].load([d_out_box[1] + block_row.to(tl.int32), d_out_box[2]])
+            box_row = block_row.to(tl.int32)
+            q_tile = q_box[0].load([box_row + head * q_box[1], head * q_box[2]])
+            d_out_tile = d_out_box[0].load([box_row + head * d_out_box[1], head * d_out_box[2]])
         else:
             q_tile = load_rows(q_block, q_stride, within, None, C.HEAD_DIM, C.BLOCK_D)
             d_out_tile = load_rows(
@@ -276,22 +292,22 @@ def key_gradients(
             product = tl.trans(tl.dot(k, tl.trans(q_tile), input_precision=C.PRECISION))
             d_p = tl.trans(tl.dot(v, tl.trans(d_out_tile), input_precision=C.PRECISION))
         # Loaded late, for every thread has many of them.
-        lse, delta = load_sums(sums + block_row, sums_step, takes_rows, C, IS_EDGE)
+        lse, delta = load_sums(sums, n_rows, takes_rows, C, IS_EDGE)
         if IS_EDGE or (C.GIVEN and C.GROUPS > 1):
             lse = tl.where(takes_rows, lse, float("inf"))
         row = block_row + within
         low, high = row_limits(position, row, is_row, n_k, bounds, window, C.CAUSAL, C.HAS_BOUNDS)
         tile_grids = grids
         if C.HAS_MASK:
-            pointers = mask[0] + (position - first).to(tl.int64)[:, None] * mask[1]
-            tile_grids = ((pointers, mask[2]), tile_grids[1])
+            pointers = grid_rows(mask, head, position - first)
+            tile_grids = ((pointers, mask[3]), tile_grids[1])
         if C.HAS_BIAS:
-            pointers = bias[0] + (position - first).to(tl.int64)[:, None] * bias[1]
-            tile_grids = (tile_grids[0], (pointers, bias[2]))
+            pointers = grid_rows(bias, head, position - first)
+            tile_grids = (tile_grids[0], (pointers, bias[3]))
         row_words = within
         if C.BITS:
             row_tile = (position - base) // C.TILE_ROWS if C.TILE_ROWS > 0 else within * 0
-            row_words = words[0] + row_tile.to(tl.int64) * words[1]
+            row_words = words[0] + row_tile.to(tl.int64) * words[1] + head.to(tl.int64) * words[2]
         tile_rows = (position, low, high, is_row, takes_rows)
         weights, d_product, _ = score_gradients(
             product, d_p - delta[:, None], keys, n_k, tile_rows, lse, delta, row_words, tile_grids, numbers,
@@ -302,6 +318,16 @@ def key_gradients(
         )
         d_k = tl.dot(tl.trans(d_product.to(q_tile.dtype)), q_tile, d_k, input_precision=C.PRECISION)
     return d_k, d_v
+
+
+@triton.jit
+def grid_rows(grid, head, row):
+    """Pointers to rows of one head of a grid: [BLOCK_M, 1].
+
+    Args:
+        grid: (pointer to row 0 of head 0, strides of heads and of rows, ..).
+    """
+    return grid[0] + head.to(tl.int64) * grid[1] + row.to(tl.int64)[:, None] * grid[2]
 
 
 @triton.jit

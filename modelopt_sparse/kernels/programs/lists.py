@@ -19,14 +19,14 @@ _WORDS = tl.constexpr(16)
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def row_lists_kernel(
-    words, lists, groups_of, lengths, n_heads, n_words, list_stride, GROUPS: tl.constexpr
+    words, lists, tags, lengths, n_heads, n_words, list_stride, GROUPS: tl.constexpr
 ):
     """The key tiles of one row block of one head, the last first.
 
     Args:
         words: int32 [slots, Hq, n_words].
-        lists: int16 [slots / GROUPS, Hq, list_stride], tiles. groups_of: uint8 of the same shape, the bits
-            of the block's GROUPS row tiles that compute a tile. lengths: int32 [slots / GROUPS, Hq].
+        lists: int16 [slots / GROUPS, Hq, list_stride], tiles. tags: uint16 of the same shape, the bits of the
+            block's GROUPS row tiles that compute a tile. lengths: int32 [slots / GROUPS, Hq].
             (Narrow, for an asynchronous copy of what an address depends on would wait for all others.)
     """
     block = tl.program_id(0).to(tl.int64)
@@ -46,35 +46,35 @@ def row_lists_kernel(
         taken = (groups != 0).to(tl.int32)
         at = length + tl.cumsum(taken, 0) - 1
         tl.store(lists + place * list_stride + at, tile.to(tl.int16), mask=taken != 0)
-        tl.store(groups_of + place * list_stride + at, groups.to(tl.uint8), mask=taken != 0)
+        tl.store(tags + place * list_stride + at, groups.to(tl.uint16), mask=taken != 0)
         length += tl.sum(taken, 0)
     tl.store(lengths + place, length)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def column_lists_kernel(
-    words, n_words, lists, groups_of, lengths, list_stride,
-    q_start, q_len, k_len, n_sequences, n_heads,
+    words, n_words, lists, tags, lengths, list_stride,
+    q_start, q_len, k_len, n_sequences, n_heads, n_members,
     bounds, window, num_sink_tokens, dense_window_size,
     C: tl.constexpr,
 ):  # fmt: skip
-    """The row blocks that compute the key tiles of one super-block of keys, for one head.
+    """What computes the key tiles of one super-block of keys: row blocks of some query heads, in one list.
 
     Row blocks are counted from the super-block of the sequence's first row. They are listed from the front of
-    a list, the first one first; from its end, those of which some row may not see some key.
+    a list; from its end, those of which some row may not see some key.
 
     Args:
         words: as for `row_lists_kernel`; for C.GIVEN.
-        lists: int16 [key tiles, heads, list_stride]. groups_of: int8 of the same shape, as for
-            `row_lists_kernel`. lengths: int32 [key tiles, heads, 2], of the two lists. Without C.GIVEN all
-            heads are one.
+        lists: int16 [key tiles, Hq / n_members, list_stride], row blocks. tags: uint16 of the same shape, for
+            C.GIVEN: the bits of the row tiles, as for `row_lists_kernel`, and from bit 8 on which of the
+            n_members heads. lengths: int32 [key tiles, Hq / n_members, 2], of the two lists. Without C.GIVEN
+            all heads are one.
     """
     PARTS: tl.constexpr = 128 // C.BLOCK_N
-    GROUPS: tl.constexpr = C.GROUPS
     # Row blocks that a program looks at together.
     BLOCKS: tl.constexpr = 32
     super_block = tl.program_id(0)
-    head = tl.program_id(1)
+    share = tl.program_id(1)
     sequence, number = find_sequence(super_block, q_len, k_len, n_sequences, True, C.CAUSAL)
     if sequence < 0:
         return
@@ -86,13 +86,12 @@ def column_lists_kernel(
     n_blocks = tl.where(n_q > 0, (first + n_q - 1 - base) // C.BLOCK_M + 1, 0)
     part = tl.arange(0, PARTS)
     key = (number * PARTS + part) * C.BLOCK_N
-    place = (super_block * PARTS + part).to(tl.int64)
+    place = (super_block * PARTS + part).to(tl.int64) * tl.num_programs(1) + share
+    first_slot = 0
     if C.GIVEN:
-        place = place * n_heads + head
         first_slot = first_super_block(sequence, q_len, k_len, n_sequences, C.CAUSAL) * (
             128 // C.TILE_ROWS
         )
-        tile = key // C.TILE_KEYS
     n_full = part * 0
     n_edges = part * 0
     for start in range(0, n_blocks, BLOCKS):
@@ -109,35 +108,53 @@ def column_lists_kernel(
         if C.N > 0:
             full_low = tl.maximum(full_low, num_sink_tokens)
             full_high = tl.minimum(full_high, tl.min(position, 1) - dense_window_size + 1)
-        taken = (key[None, :] < highest[:, None]) & (key[None, :] + C.BLOCK_N > lowest[:, None])
+        seen = (key[None, :] < highest[:, None]) & (key[None, :] + C.BLOCK_N > lowest[:, None])
         is_edge = (key[None, :] + C.BLOCK_N > full_high[:, None]) | (
             key[None, :] < full_low[:, None]
         )
         if C.ONLY_EDGES:
             is_edge = is_edge | True
-        groups = is_edge.to(tl.int32) * 0
-        if C.GIVEN:
-            for g in tl.static_range(GROUPS):
-                slot = (first_slot + (block * C.BLOCK_M + g * C.TILE_ROWS) // C.TILE_ROWS).to(
-                    tl.int64
-                )
-                of_tiles = (
-                    words + ((slot * n_heads + head) * n_words)[:, None] + (tile >> 5)[None, :]
-                )
-                word = tl.load(
-                    of_tiles, mask=(block < n_blocks)[:, None] & (key < n_k)[None, :], other=0
-                )
-                groups |= ((word >> (tile & 31)[None, :]) & 1) << g
-            taken = taken & (groups != 0)
-        is_full = (taken & (is_edge == 0)).to(tl.int32)
-        is_edge = (taken & is_edge).to(tl.int32)
         entry = block[:, None] + part[None, :] * 0
-        at_full = n_full[None, :] + tl.cumsum(is_full, 0) - 1
-        at_edge = list_stride - n_edges[None, :] - tl.cumsum(is_edge, 0)
-        at = (place * list_stride)[None, :] + tl.where(is_full != 0, at_full, at_edge)
-        tl.store(lists + at, entry.to(tl.int16), mask=taken)
-        tl.store(groups_of + at, groups.to(tl.uint8), mask=taken)
-        n_full += tl.sum(is_full, 0)
-        n_edges += tl.sum(is_edge, 0)
+        for member in range(0, n_members):
+            taken = seen
+            groups = entry * 0
+            if C.GIVEN:
+                head = share * n_members + member
+                exists = (block < n_blocks)[:, None] & (key < n_k)[None, :]
+                groups = row_tiles_that_compute(
+                    words, n_words, first_slot, block, key, exists, head, n_heads, C
+                )
+                taken = taken & (groups != 0)
+            to_full = (taken & (is_edge == 0)).to(tl.int32)
+            to_edges = (taken & is_edge).to(tl.int32)
+            at_full = n_full[None, :] + tl.cumsum(to_full, 0) - 1
+            at_edge = list_stride - n_edges[None, :] - tl.cumsum(to_edges, 0)
+            at = (place * list_stride)[None, :] + tl.where(to_full != 0, at_full, at_edge)
+            tl.store(lists + at, entry.to(tl.int16), mask=taken)
+            if C.GIVEN:
+                tl.store(tags + at, (groups | (member << 8)).to(tl.uint16), mask=taken)
+            n_full += tl.sum(to_full, 0)
+            n_edges += tl.sum(to_edges, 0)
     tl.store(lengths + place * 2, n_full)
     tl.store(lengths + place * 2 + 1, n_edges)
+
+
+@triton.jit
+def row_tiles_that_compute(
+    words, n_words, first_slot, block, key, exists, head, n_heads, C: tl.constexpr
+):
+    """Bits of the row tiles of some row blocks that compute some key tiles: int32 [blocks, key tiles].
+
+    Args:
+        first_slot: the slot of the row tile at which row blocks are counted from.
+        block: [blocks]. key: [key tiles], the first key of each.
+    """
+    GROUPS: tl.constexpr = C.GROUPS
+    tile = key // C.TILE_KEYS
+    groups = block[:, None] * 0 + key[None, :] * 0
+    for g in tl.static_range(GROUPS):
+        slot = (first_slot + (block * C.BLOCK_M + g * C.TILE_ROWS) // C.TILE_ROWS).to(tl.int64)
+        pointers = words + ((slot * n_heads + head) * n_words)[:, None] + (tile >> 5)[None, :]
+        word = tl.load(pointers, mask=exists, other=0)
+        groups |= ((word >> (tile & 31)[None, :]) & 1) << g
+    return groups

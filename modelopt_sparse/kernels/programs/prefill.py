@@ -39,7 +39,7 @@ def prefill_kernel(
     sinks, scale, softcap,
     num_sink_tokens, dense_window_size,
     log2_threshold, log2_thresholds, threshold_strides, count_thresholds, counts,
-    words, n_words, lists, list_groups, list_lengths, list_stride,
+    words, n_words, lists, tags, list_lengths, list_stride,
     dropped_bound, dropped,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def prefill_kernel(
     slot = super_block * PARTS + block % PARTS
     if C.GIVEN:
         place = slot.to(tl.int64) * n_heads + head
-        given = (lists + place * list_stride, list_groups + place * list_stride)
+        given = (lists + place * list_stride, tags + place * list_stride)
         n_visits = tl.load(list_lengths + place)
         visit, n_edge, n_full, n_visits = list_limits(
             given[0], n_visits, top, full_top, full_bottom, bottom
@@ -167,7 +167,7 @@ def prefill_kernel(
     tally = super_block * 0
     state = (
         tl.full([C.BLOCK_M, C.BLOCK_DV], 0.0, tl.float32), none, none - float("inf"), none, none,
-        (tally, tally, below),
+        (tally, tally, below, tl.full([C.GROUPS], 0, tl.int32)),
     )  # fmt: skip
     state = attend(
         state, visit, n_edge, q_tile, kv, rows, visits, given, tile_words, grids, numbers, skipping, C, True
@@ -207,7 +207,7 @@ def prefill_kernel(
     entry = row.to(tl.int64) * n_heads + head
     tl.store(lse + entry, row_lse, mask=is_row)
     if C.SKIP:
-        visible_tiles, skipped_tiles, below = tallies
+        visible_tiles, skipped_tiles, below, _ = tallies
         tl.atomic_add(counts + head, visible_tiles.to(tl.int64), sem="relaxed")
         tl.atomic_add(counts + n_heads + head, skipped_tiles.to(tl.int64), sem="relaxed")
         if C.THRESHOLDS > 0:

@@ -50,15 +50,21 @@ def count_skipped(tile_max, running, counted, is_row, group, below, GROUPS: tl.c
 
 
 @triton.jit
-def store_tiles(words, word_step, tile, kept, GROUPS: tl.constexpr):
-    """Sets the bit of a key tile where a row tile keeps it.
+def gather_tiles(pending, words, word_step, tile, kept, is_full, GROUPS: tl.constexpr):
+    """Adds the bit of a key tile to a word of each row tile that keeps it.
 
     Args:
+        pending: [GROUPS], bits that are not stored yet.
         words: pointer to the words of the first row tile; those of the next lie `word_step` words on.
+        is_full: no other bit of this word comes before those of others.
+    Returns:
+        pending.
     """
     group = tl.arange(0, GROUPS)
-    bit = ((kept >> group) & 1) << (tile & 31)
-    tl.atomic_or(words + group * word_step + (tile >> 5), bit, mask=bit != 0, sem="relaxed")
+    pending |= ((kept >> group) & 1) << (tile % 32)
+    stored = tl.where(is_full, pending, 0)
+    tl.atomic_or(words + group * word_step + tile // 32, stored, mask=stored != 0, sem="relaxed")
+    return pending ^ stored
 
 
 @triton.jit
