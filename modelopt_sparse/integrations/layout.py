@@ -23,7 +23,7 @@ class Layout:
         item, row, n_q, key, n_k: int64 [S].
         bounds: int64 [B, Lq, 2], the keys [start, end) that a row sees, counted from its sequence's
             first; None where causality, or the sequence alone, says it.
-        max_q, max_k: upper bounds of n_q and n_k, in tokens.
+        max_q, max_k: upper bounds of n_q and n_k, in tokens. min_q: lower bound of those n_q that aren't 0.
         is_one_per_item: ``item`` is 0, 1, ... B - 1.
     """
 
@@ -36,13 +36,14 @@ class Layout:
     max_q: int
     max_k: int
     is_one_per_item: bool = True
+    min_q: int = 0
 
 
 def whole_items(batch: int, n_q: int, n_kv: int, device: torch.device) -> Layout:
     """Without a mask: every item is one sequence."""
     item = torch.arange(batch, device=device)
     none = torch.zeros_like(item)
-    return Layout(item, none, none + n_q, none, none + n_kv, None, n_q, n_kv)
+    return Layout(item, none, none + n_q, none, none + n_kv, None, n_q, n_kv, min_q=n_q)
 
 
 def end_to_end(

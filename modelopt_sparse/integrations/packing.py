@@ -99,6 +99,7 @@ def pack(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> P
         layout.n_k.int(),
         layout.max_q,
         layout.max_k,
+        layout.min_q,
     )
     return PackedBatch(
         q=query.transpose(1, 2).reshape(batch * n_rows, shape[1], -1),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from .device.variant import Variant
 from .launch import (
     Launch,
     backward_launch,
-    head_splits,
     processors,
     shared_memory,
     thriftier,
@@ -31,11 +31,17 @@ from .programs.backward import (
     query_gradient_kernel,
 )
 from .programs.lists import column_lists_kernel
+from .programs.shares import add_shares_kernel, shares_kernel
 from .tile_lists import NO_LISTS, empty_lists, row_lists
 from .tiles import SUPER_ROWS, WORD_BITS, slot_count
 from .types import NMSparsity, Phase, TileMap
 
 LOG2_E = 1.4426950408889634
+# A program walks about as many row blocks as make this number of programs for each multiprocessor, but no
+# fewer than LEAST_VISITS. With more key tiles than SHARED_COLUMNS for each, dense work is even as it is.
+SHARES = 2
+LEAST_VISITS = 8
+SHARED_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class BackwardVariant(Variant):
         BITS: weights are masked with the decisions, bit by bit, in place of walking lists.
         BIAS_GRADIENT: the gradients of scores are stored.
         AHEAD: products with values are computed one visit ahead, for which there must be registers.
+        MEMBERS: query heads of a KV head.
+        SHARED: programs share the row blocks of key tiles that many see.
     """
 
     ONLY_DECODE: bool = False
@@ -56,6 +64,8 @@ class BackwardVariant(Variant):
     BITS: bool = False
     BIAS_GRADIENT: bool = False
     AHEAD: bool = False
+    MEMBERS: int = 1
+    SHARED: bool = False
 
     @property
     def LIST_ROWS(self) -> int:
@@ -65,7 +75,7 @@ class BackwardVariant(Variant):
     @property
     def LISTED(self) -> bool:
         """A list says which row blocks see a key tile."""
-        return self.GIVEN or self.HAS_BOUNDS
+        return self.GIVEN or self.HAS_BOUNDS or self.SHARED
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +125,8 @@ def backward(
     rows, heads = q.shape[:2]
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
-    splits = _key_splits(call)
-    d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    d_k, d_v = (
-        x.new_empty((splits, *x.shape), dtype=x.dtype if splits == 1 else torch.float32)
-        for x in (call.k, call.v)
+    d_q, d_k, d_v = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, call.k, call.v)
     )
     row_sums = torch.empty((heads, 2, rows), dtype=torch.float32, device=q.device)
     d_bias = None
@@ -130,17 +137,15 @@ def backward(
     if rows and call.k.shape[0] and seqs.q_len.shape[0]:
         launches = _Launches(call, d_out, row_sums)
         with launching(call):
-            launches.prepare(out, lse.contiguous(), None if d_lse is None else d_lse.contiguous())
+            d_lse = None if d_lse is None else d_lse.contiguous()
+            launches.prepare(out, lse.contiguous(), d_lse, d_q)
             for part in _parts(call, tiles, decode_tiles):
                 launches.queries(part, d_q, d_bias)
                 launches.keys(part, d_k, d_v)
-            clear_unowned(d_q, None, seqs.q_start, seqs.q_len)
-            for share in (*d_k, *d_v):
-                clear_unowned(share, None, seqs.k_start, seqs.k_len)
-        d_k, d_v = (x[0] if splits == 1 else x.sum(0).to(q.dtype) for x in (d_k, d_v))
+            clear_unowned(d_k, seqs.k_start, seqs.k_len, y=d_v)
     else:
-        d_k, d_v = (torch.zeros_like(x, dtype=q.dtype) for x in (d_k[0], d_v[0]))
-        d_q.zero_()
+        for x in (d_q, d_k, d_v):
+            x.zero_()
         row_sums[:, 0], row_sums[:, 1] = torch.inf, 0.0
     d_sinks = None
     if call.sinks is not None:
@@ -155,13 +160,6 @@ def backward(
     return d_q, d_k, d_v, d_sinks, d_bias
 
 
-def _key_splits(call: Call) -> int:
-    """How many programs share the query heads of a key tile: enough to keep the GPU busy to the end."""
-    heads, kv_heads = call.q.shape[1], call.k.shape[1]
-    programs = _super_blocks_of_keys(call) * kv_heads
-    return head_splits(heads // kv_heads, programs, processors(call.q.device))
-
-
 def _super_blocks_of_keys(call: Call) -> int:
     batch = call.seqs.k_len.shape[0]
     return min(call.k.shape[0] // SUPER_ROWS + batch, batch * -(-call.seqs.max_k // SUPER_ROWS))
@@ -171,14 +169,17 @@ def _parts(call: Call, tiles: TileMap | None, decode_tiles: TileMap | None) -> l
     skip, skip_decode, nm = call.plan.skip, call.plan.skip_decode, call.plan.nm
     exact = skip is not None and skip.exact_normalizer
     exact_decode = skip_decode is not None and skip_decode.exact_normalizer
+    is_prefill = call.phase is Phase.PREFILL
     if call.phase is None and call.seqs.max_q > 1:
+        is_prefill = call.seqs.min_q > 1
         if nm is None and tiles is None and decode_tiles is None:
             return [Part()]
-        return [
-            Part(Phase.PREFILL, nm, tiles, exact),
-            Part(Phase.DECODE, None, decode_tiles, exact_decode),
-        ]
-    if call.phase is Phase.PREFILL:
+        if not is_prefill:
+            return [
+                Part(Phase.PREFILL, nm, tiles, exact),
+                Part(Phase.DECODE, None, decode_tiles, exact_decode),
+            ]
+    if is_prefill:
         return [Part(None, nm, tiles, exact)]
     return [Part(None, None, decode_tiles, exact_decode)]
 
@@ -195,13 +196,13 @@ class _Launches:
     d_out: Tensor
     row_sums: Tensor
 
-    def prepare(self, out: Tensor, lse: Tensor, d_lse: Tensor | None) -> None:
-        """Fills in what each row adds to the gradients of its scores."""
+    def prepare(self, out: Tensor, lse: Tensor, d_lse: Tensor | None, d_q: Tensor) -> None:
+        """Fills in what each row adds to the gradients of its scores. Clears `d_q` where it sees none."""
         rows, heads = self.call.q.shape[:2]
-        strides = arguments.strides(out), arguments.strides(self.d_out)
+        strides = (arguments.strides(x) for x in (out, self.d_out, d_q))
         C = self._variant(Launch(64, 64, 4, 1), Part(), False)
         prepare_kernel[(-(-rows // 64), heads)](
-            out, lse, self.d_out, d_lse, self.row_sums, *strides, rows, heads, C, num_warps=4
+            out, lse, self.d_out, d_lse, self.row_sums, d_q, *strides, rows, heads, C, num_warps=4
         )
 
     def queries(self, part: Part, d_q: Tensor, d_bias: Tensor | None) -> None:
@@ -214,7 +215,7 @@ class _Launches:
         rows, heads = q.shape[:2]
         # With N:M, keys are loaded in another order than they lie in.
         k_boxes, v_boxes, steps = boxes(call.k, call.v, launch.block_n, is_wanted=part.nm is None)
-        C = self._variant(launch, part, k_boxes is not None, d_bias is not None)
+        C = self._variant(launch, part, k_boxes is not None, BIAS_GRADIENT=d_bias is not None)
         super_blocks = slot_count(rows, call.seqs.q_len.shape[0], call.seqs.max_q, SUPER_ROWS)
         words, n_words = _words(part)
         lists = NO_LISTS
@@ -235,47 +236,67 @@ class _Launches:
         )  # fmt: skip
 
     def keys(self, part: Part, d_k: Tensor, d_v: Tensor) -> None:
-        """Writes what each share of the heads adds to the gradients of the keys and values of some sequences.
-
-        Args:
-            d_k: [splits, Tk, Hk, D]; d_v: [splits, Tk, Hk, Dv].
-        """
+        """Writes the gradients of the keys and values of some sequences."""
         run = partial(self._keys_as, part, d_k, d_v)
         launch_first_that_fits(thriftier(self._best(part)[1]), run)
 
     def _keys_as(self, part: Part, d_k: Tensor, d_v: Tensor, launch: Launch) -> None:
         call, q, k, seqs = self.call, self.call.q, self.call.k, self.call.seqs
-        (rows, heads), batch, splits = q.shape[:2], seqs.q_len.shape[0], d_k.shape[0]
-        q_boxes, d_out_boxes, steps = boxes(q, self.d_out, launch.block_m)
-        C = self._variant(launch, part, q_boxes is not None)
+        (rows, heads), kv_heads, batch = q.shape[:2], k.shape[1], seqs.q_len.shape[0]
         super_blocks = _super_blocks_of_keys(call)
         if not super_blocks:
             return
+        columns = super_blocks * (SUPER_ROWS // launch.block_n) * kv_heads
+        all_at_once = processors(q.device)
+        q_boxes, d_out_boxes, steps = boxes(q, self.d_out, launch.block_m)
+        C = self._variant(
+            launch, part, q_boxes is not None,
+            MEMBERS=heads // kv_heads,
+            SHARED=part.decision is not None or columns < SHARED_COLUMNS * all_at_once,
+        )  # fmt: skip
         words, n_words = _words(part)
-        blocks = super_blocks * (SUPER_ROWS // C.BLOCK_N)
-        units = k.shape[1] * splits
         lists, length = NO_LISTS, 0
         if C.LISTED:
-            n_lists, members = (units, heads // units) if C.GIVEN else (1, 1)
+            n_lists, members = (kv_heads, C.MEMBERS) if C.GIVEN else (1, 1)
             n_blocks = (-(-seqs.max_q // SUPER_ROWS) + 1) * (SUPER_ROWS // C.BLOCK_M)
-            lists = empty_lists((blocks, n_lists), n_blocks, members, (2,), q.device)
+            lists = empty_lists((columns // kv_heads, n_lists), n_blocks, members, (2,), q.device)
             length = n_blocks * members
             column_lists_kernel[(super_blocks, n_lists)](
                 words, n_words, *lists, length, seqs.q_start, seqs.q_len, seqs.k_len, batch, heads, members,
                 call.bounds, arguments.window(call.window), *arguments.shields(part.nm), C, num_warps=4,
             )  # fmt: skip
-        tensors = (q, k, call.v, self.d_out, d_k[0], d_v[0])
-        key_gradient_kernel[(blocks * units,)](
-            *tensors[:4], self.row_sums, d_k, d_v, splits, d_k.stride(0), d_v.stride(0),
+        slots = shares_of = None
+        n_slots = 0
+        if C.SHARED:
+            n_programs = SHARES * all_at_once
+            n_slots = 2 * n_programs
+            slots = torch.empty((n_slots, 3), dtype=torch.int32, device=q.device)
+            shares_of = torch.empty(columns, dtype=torch.int32, device=q.device)
+            visits = (1, 1) if C.GIVEN else (kv_heads, C.MEMBERS)
+            shares_kernel[(1,)](
+                lists[2], *visits, columns, n_programs, LEAST_VISITS, slots, n_slots, shares_of, num_warps=4
+            )  # fmt: skip
+        sums = [
+            torch.empty((n_slots, C.BLOCK_N, dim), dtype=torch.float32, device=q.device)
+            for dim in (C.BLOCK_D, C.BLOCK_DV)
+        ]
+        tensors = (q, k, call.v, self.d_out, d_k, d_v)
+        key_gradient_kernel[(n_slots + columns,)](
+            *tensors[:4], self.row_sums, d_k, d_v, slots, n_slots, shares_of, *sums,
             q_boxes, d_out_boxes, *steps,
             *(arguments.strides(x) for x in tensors),
-            *arguments.sequences(seqs), super_blocks, heads, heads // k.shape[1], rows,
+            *arguments.sequences(seqs), super_blocks, heads, heads // kv_heads, rows,
             call.bounds, arguments.window(call.window),
             *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
             call.scale, call.softcap or 0.0, *arguments.shields(part.nm),
             words, n_words, *lists, length,
             C, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
+        if C.SHARED:
+            add_shares_kernel[(n_slots,)](
+                *sums, slots, d_k, d_v, arguments.strides(d_k), arguments.strides(d_v),
+                seqs.q_len, seqs.k_start, seqs.k_len, batch, kv_heads, C, num_warps=8,
+            )  # fmt: skip
 
     def _best(self, part: Part) -> tuple[Launch, Launch]:
         of_words = 4 if part.tiles is not None and part.decision is None else 0
@@ -288,9 +309,7 @@ class _Launches:
             shared_memory(self.call.q.device),
         )
 
-    def _variant(
-        self, launch: Launch, part: Part, has_boxes: bool, bias_gradient: bool = False
-    ) -> BackwardVariant:
+    def _variant(self, launch: Launch, part: Part, has_boxes: bool, **more: Any) -> BackwardVariant:
         call, nm, tiles = self.call, part.nm, part.tiles
         return BackwardVariant(
             BLOCK_M=launch.block_m,
@@ -308,8 +327,8 @@ class _Launches:
             TILE_ROWS=(tiles and tiles.block_rows) or 0,
             TILE_KEYS=tiles.block_keys if tiles else 0,
             BITS=tiles is not None and part.decision is None,
-            BIAS_GRADIENT=bias_gradient,
             AHEAD=self.call.q.element_size() == 2 and launch.block_n <= 64,
+            **more,
             **arguments.features(call),
         )
 

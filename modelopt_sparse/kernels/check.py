@@ -225,12 +225,17 @@ def _check_seqs(seqs: Seqs, q: Tensor, k: Tensor) -> None:
         raise ArgumentTypeError(describe("seqs", repr(seqs), "a Seqs"))
     check_int("seqs.max_q", seqs.max_q, least=0)
     check_int("seqs.max_k", seqs.max_k, least=0)
+    check_int("seqs.min_q", seqs.min_q, least=0)
     batch = seqs.q_len.shape[0] if isinstance(seqs.q_len, Tensor) and seqs.q_len.ndim == 1 else -1
     for name in ("q_start", "q_len", "k_start", "k_len"):
         check_tensor(f"seqs.{name}", getattr(seqs, name), q, shape=(batch,), dtype=torch.int32)
     if _is_readable(q):
         _check_extent("q", seqs.q_start, seqs.q_len, q.shape[0], seqs.max_q)
         _check_extent("k", seqs.k_start, seqs.k_len, k.shape[0], seqs.max_k)
+        short = seqs.q_len[(seqs.q_len > 0) & (seqs.q_len < seqs.min_q)]
+        if short.numel():
+            takes = f"0, or at least seqs.min_q = {seqs.min_q}"
+            raise ArgumentError(describe("seqs.q_len", int(short[0]), takes))
 
 
 def _is_readable(x: Tensor) -> bool:

@@ -29,7 +29,7 @@ def forward(call: Call, keep_tiles: bool) -> Results:
         results.lse.fill_(-math.inf)
         return results
     with launching(call):
-        clear_unowned(results.out, results.lse, call.seqs.q_start, call.seqs.q_len)
+        clear_unowned(results.out, call.seqs.q_start, call.seqs.q_len, lse=results.lse)
         _launch(call, results)
     return results
 
@@ -39,8 +39,10 @@ def _launch(call: Call, results: Results) -> None:
     if call.phase is Phase.PREFILL:
         launch_prefill(call, results)
     elif call.phase is None and max_q > 1:
-        launch_prefill(call, results, only_prefill=True)
-        launch_decode(call, results)
+        has_decoding = call.seqs.min_q < 2
+        launch_prefill(call, results, only_prefill=has_decoding)
+        if has_decoding:
+            launch_decode(call, results)
     elif max_q <= MOST_ROWS_OF_A_SEQUENCE:
         launch_decode(call, results)
     elif plan.skip_decode is None:

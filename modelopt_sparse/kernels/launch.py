@@ -69,17 +69,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def head_splits(group: int, programs: int, processors: int) -> int:
-    """Into how many shares the query heads of a KV head are split, given the programs without a split.
-
-    Each share has to be stored and added up, which costs more than it gains once all are busy.
-    """
-    splits = 1
-    while group % (2 * splits) == 0 and programs * splits < 2 * processors:
-        splits *= 2
-    return splits
-
-
 def prefill_launch(
     dims: tuple[int, int],
     itemsize: int,
@@ -200,4 +189,12 @@ def backward_launch(
                 )
             block_m, block_n = max(16, block_m // 2), max(16, block_n // 2)
 
-    return launch(*queries, False), launch(*keys, True)
+    of_queries, of_keys = launch(*queries, False), launch(*keys, True)
+    if decision is not None and itemsize == 2 and widest <= 128 and not has_nm:
+        # Lists are short. With two programs on a multiprocessor, one computes while the other begins or ends.
+        block_n = min(64, decision[1])
+        tile = block_n * (per_row + 64 * grid_bytes)
+        computed_ahead = block_n * block_dim(dims[1]) * itemsize
+        if 2 * (64 * per_row + 2 * tile + computed_ahead + 2048) <= capacity + 1024:
+            of_queries = Launch(64, block_n, 4, 2)
+    return of_queries, of_keys

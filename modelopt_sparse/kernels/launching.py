@@ -49,15 +49,19 @@ def launch_first_that_fits(launches: Iterable[Launch], run: Callable[[Launch], N
     raise refused
 
 
-def clear_unowned(x: Tensor, lse: Tensor | None, start: Tensor, length: Tensor) -> None:
+def clear_unowned(
+    x: Tensor, start: Tensor, length: Tensor, lse: Tensor | None = None, y: Tensor | None = None
+) -> None:
     """Writes 0 (and an lse of -inf) to the tokens that no sequence owns; kernels write all others.
 
     Args:
-        x: [tokens, heads, dim]. lse: [tokens, heads], or None.
+        x, y: [tokens, heads, dim], each with a dim of its own. lse: [tokens, heads].
         start, length: int32 [B], the tokens of each sequence.
     """
     tokens, heads, dim = x.shape
+    dim_y = dim if y is None else y.shape[-1]
     if tokens:
         clear_kernel[(triton.cdiv(tokens, 128),)](
-            x, lse, arguments.strides(x), start, length, len(start), tokens, heads, dim, block_dim(dim)
+            x, arguments.strides(x), lse, y, None if y is None else arguments.strides(y),
+            start, length, len(start), tokens, heads, dim, block_dim(dim), dim_y, block_dim(dim_y),
         )  # fmt: skip

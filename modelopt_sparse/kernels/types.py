@@ -37,6 +37,8 @@ class Seqs:
     Args:
         q_start, q_len, k_start, k_len: int32 [B], on the device of ``q``.
         max_q, max_k: upper bounds of the lengths, in tokens; host ints.
+        min_q: lower bound of the lengths of rows that aren't 0. From 2 on, nothing is launched for sequences
+            of one row.
     """
 
     q_start: Tensor
@@ -45,6 +47,7 @@ class Seqs:
     k_len: Tensor
     max_q: int
     max_k: int
+    min_q: int = 0
 
     @classmethod
     def from_lengths(
@@ -76,11 +79,17 @@ class Seqs:
             column(k_lens),
             max(q_lens, default=0),
             max(k_lens, default=0),
+            min(filter(None, q_lens), default=0),
         )
 
     @classmethod
     def from_cu_seqlens(
-        cls, cu_q: Tensor, max_q: int, cu_k: Tensor | None = None, max_k: int | None = None
+        cls,
+        cu_q: Tensor,
+        max_q: int,
+        cu_k: Tensor | None = None,
+        max_k: int | None = None,
+        min_q: int = 0,
     ) -> Seqs:
         """Sequences laid end to end, from cumulative lengths int32 [B + 1].
 
@@ -104,6 +113,7 @@ class Seqs:
             cu_k.diff().int(),
             max_q,
             max_q if max_k is None else max_k,
+            min_q,
         )
 
 

@@ -184,6 +184,7 @@ COLUMN = [None, [0, 4], 3, int32(0), int32(0, 1, 1), int32(0, 4)[None], torch.ze
     k_len=[*COLUMN, int32(-1, 2), int32(5, 5), int32(6, 2), int32(10, 0)],
     max_q=[*NOT_INTS, -1, 3, torch.tensor(4)],
     max_k=[*NOT_INTS, -1, 4, torch.tensor(5)],
+    min_q=[*NOT_INTS, -1, 5, torch.tensor(1)],
 )
 def test_sequences_that_don_t_fit_the_tensors(name, value):
     # starts and lengths that don't fit together: the message may name either

@@ -17,7 +17,10 @@ from modelopt_sparse.kernels import (
     SkipSoftmaxDecode,
     attention_reference,
     attention_triton,
+    backward,
+    forward,
 )
+from modelopt_sparse.kernels.check import Call
 from tests.cpu.test_triton_tiles import random_map
 from tests.inputs import EXACT_SCALE, features, integers, needs_interpreter, topical
 
@@ -226,6 +229,25 @@ def test_gradients_are_the_same_to_the_bit_each_time():
         for _ in range(2)
     ]
     assert all(torch.equal(calls[0][name], calls[1][name]) for name in calls[0])
+
+
+@pytest.mark.parametrize("plan", ["dense", "2:4+skip"])
+def test_nothing_is_launched_for_sequences_of_one_row_where_there_are_none(plan, monkeypatch):
+    inputs = small(q_lens=(18, 0, 9), k_lens=(50, 3, 30))
+    wanted = gradients(attention_triton, inputs, PLANS[plan], {}, torch.float16)
+
+    def refuse(*arguments):
+        raise AssertionError("launched for sequences of one row")
+
+    monkeypatch.setattr(forward, "launch_decode", refuse)
+    with pytest.raises(AssertionError, match="one row"):
+        attention_triton(*inputs.qkv)
+    known = replace(inputs, seqs=replace(inputs.seqs, min_q=9))
+    found = gradients(attention_triton, known, PLANS[plan], {}, torch.float16)
+    assert torch.equal(found[0].out, wanted[0].out)
+    assert all(torch.equal(found[1][name], x) for name, x in wanted[1].items())
+    call = Call(*known.qkv, plan=PLANS[plan])
+    assert len(backward._parts(call, None, None)) == 1
 
 
 def test_only_what_wants_a_gradient_gets_one():

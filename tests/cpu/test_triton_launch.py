@@ -12,7 +12,6 @@ from modelopt_sparse.kernels.launch import (
     Launch,
     backward_launch,
     block_dim,
-    head_splits,
     prefill_launch,
     thriftier,
 )
@@ -126,11 +125,3 @@ def test_thriftier_launches_need_less_and_less_down_to_the_decision_tile():
         (64, 64, 1, True),
         (32, 64, 1, True),
     ]
-
-
-def test_query_heads_are_split_where_programs_are_few():
-    assert head_splits(4, 512, 132) == 1
-    assert head_splits(4, 128, 132) == 4
-    assert head_splits(32, 64, 132) == 8
-    assert head_splits(6, 1, 132) == 2  # shares are equal
-    assert head_splits(1, 1, 132) == 1

@@ -45,14 +45,14 @@ def setup(name: str, names: str = ""):
 
 def operands(name: str, names: str, wants_grad: bool):
     """The arguments of `attention_forward`."""
-    from modelopt_sparse.kernels import ops
     from modelopt_sparse.kernels.check import Call, checked
+    from modelopt_sparse.kernels.flat import flatten
 
     inputs, plan, options = setup(name, names)
     if wants_grad:
         inputs.q.requires_grad_(), inputs.k.requires_grad_(), inputs.v.requires_grad_()
     call = checked(Call(*inputs.qkv, plan=plan, **options))
-    return (*ops._spread(call), wants_grad)
+    return (*flatten(call), wants_grad)
 
 
 # Without "test_aot_dispatch_dynamic": the traced backward pass would be differentiable again, and refuses.

@@ -82,7 +82,7 @@ class Setup:
 def on(device: torch.device | str, seqs: Seqs) -> Seqs:
     """The sequences with their tensors on a device."""
     columns = (seqs.q_start, seqs.q_len, seqs.k_start, seqs.k_len)
-    return Seqs(*(column.to(device) for column in columns), seqs.max_q, seqs.max_k)
+    return Seqs(*(column.to(device) for column in columns), seqs.max_q, seqs.max_k, seqs.min_q)
 
 
 def laid(x: torch.Tensor, strides: str) -> torch.Tensor:
@@ -252,7 +252,7 @@ def grid(rng, seqs: Seqs, values: torch.Tensor, outside: float | bool) -> ScoreG
 
 def holes(rng, seqs: Seqs, width: int) -> torch.Tensor:
     """A mask with single holes, and with holes of 16 by 16 so that whole tiles are hidden."""
-    shape = (len(seqs.q_len), width, seqs.max_q, seqs.max_k)
+    shape = (len(seqs.q_len), width, seqs.max_q, seqs.max_k, seqs.min_q)
     coarse = rng.random((*shape[:2], -(-shape[2] // 16), -(-shape[3] // 16))) < 0.7
     coarse = coarse.repeat(16, 2).repeat(16, 3)[:, :, : shape[2], : shape[3]]
     return torch.from_numpy((rng.random(shape, dtype=np.float32) < 0.8) & coarse)
@@ -260,7 +260,7 @@ def holes(rng, seqs: Seqs, width: int) -> torch.Tensor:
 
 def additive(rng, seqs: Seqs, width: int, inputs: Inputs) -> ScoreGrid:
     """A bias with -inf here and there; nothing else with integers, whose scores stay integers."""
-    shape = (len(seqs.q_len), width, seqs.max_q, seqs.max_k)
+    shape = (len(seqs.q_len), width, seqs.max_q, seqs.max_k, seqs.min_q)
     values = np.zeros(shape, dtype=np.float32)
     if not inputs.exact:
         values = rng.standard_normal(shape, dtype=np.float32)

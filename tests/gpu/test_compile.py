@@ -8,6 +8,7 @@ import torch
 from modelopt_sparse.errors import UnsupportedCall
 from modelopt_sparse.kernels import Plan, ops
 from modelopt_sparse.kernels.check import Call, checked
+from modelopt_sparse.kernels.flat import flatten
 from tests.gpu import calls
 from tests.gpu.calls import DEVICE, assert_same_bits, kind, needs_cuda, output_gradient, run
 from tests.gpu.gradients import with_leaves
@@ -76,7 +77,7 @@ def test_a_compiled_call_takes_other_lengths_without_a_graph_break():
 def spread(name: str) -> tuple:
     """The arguments of the operators for the call of a kind, all but the last."""
     setup, _ = with_leaves(kind(name))
-    return ops._spread(checked(Call(*setup.qkv, plan=setup.plan, **setup.options)))
+    return flatten(checked(Call(*setup.qkv, plan=setup.plan, **setup.options)))
 
 
 @pytest.mark.parametrize("name", ["dense", "2:4", "skip", "given", "decode"])

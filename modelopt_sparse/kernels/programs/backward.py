@@ -25,18 +25,21 @@ from modelopt_sparse.kernels.stages.skip import row_tile_of_rows
 
 from .gradients import key_gradients, query_gradients
 from .prefill import list_limits, program_place
+from .shares import slot_pointers, store_keys, visits_of_share
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def prepare_kernel(
-    out, lse, d_out, d_lse, row_sums, out_strides, d_out_strides, n_rows, n_heads, C: tl.constexpr
-):
+    out, lse, d_out, d_lse, row_sums, d_q, out_strides, d_out_strides, d_q_strides, n_rows, n_heads,
+    C: tl.constexpr,
+):  # fmt: skip
     """What the other kernels need of each row: its lse, inf where it sees no key, and its delta.
 
     delta is sum(d_out * out) - d_lse * log2(e): the gradient of a score is its weight times (d_p - delta).
 
     Args:
         lse, d_lse: [Tq, Hq], base 2. row_sums: [Hq, 2, Tq], lse and delta.
+        d_q: zeros are written for rows that see no key, or that no sequence owns.
     """
     row = tl.program_id(0) * 64 + tl.arange(0, 64)
     head = tl.program_id(1)
@@ -53,9 +56,15 @@ def prepare_kernel(
     of_row_delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
     if d_lse is not None:
         of_row_delta -= tl.load(d_lse + entry, mask=sees, other=0.0) * LOG2_E
-    row_sums += head.to(tl.int64) * 2 * n_rows + row
+    row_sums += head.to(tl.int64) * n_rows * 2 + row
     tl.store(row_sums, tl.where(sees, of_row, float("inf")), mask=exists)
     tl.store(row_sums + n_rows, of_row_delta, mask=exists)
+    d_q_token, d_q_head = d_q_strides
+    channel = tl.arange(0, C.BLOCK_D)
+    d_q += head.to(tl.int64) * d_q_head
+    pointers = d_q + row.to(tl.int64)[:, None] * d_q_token + channel[None, :]
+    unseeing = (exists & (sees == 0))[:, None] & (channel < C.HEAD_DIM)[None, :]
+    tl.store(pointers, tl.full([64, C.BLOCK_D], 0.0, d_q.dtype.element_ty), mask=unseeing)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -112,7 +121,7 @@ def query_gradient_kernel(
     d_out_token, d_out_head = d_out_strides
     k += first_key * k_token + kv_head.to(tl.int64) * k_head
     v += first_key * v_token + kv_head.to(tl.int64) * v_head
-    row_sums += head.to(tl.int64) * 2 * n_rows + row
+    row_sums += head.to(tl.int64) * n_rows * 2 + row
     lse = tl.load(row_sums, mask=is_row, other=float("inf"))
     sums = (lse, tl.load(row_sums + n_rows, mask=is_row, other=0.0))
     q += head.to(tl.int64) * q_head
@@ -229,7 +238,7 @@ def decision_pointers(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def key_gradient_kernel(
-    q, k, v, d_out, row_sums, d_k, d_v, n_splits, d_k_split, d_v_split,
+    q, k, v, d_out, row_sums, d_k, d_v, slots, n_slots, shares_of, k_sums, v_sums,
     q_boxes, d_out_boxes, box_rows, box_columns, d_out_box_columns,
     q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
     q_start, q_len, k_start, k_len, n_sequences, n_super_blocks, n_heads, group, n_rows,
@@ -240,19 +249,35 @@ def key_gradient_kernel(
     words, n_words, lists, tags, list_lengths, list_stride,
     C: tl.constexpr,
 ):  # fmt: skip
-    """One program: C.BLOCK_N keys of one KV head, for a share of the query heads that read it.
+    """One program: C.BLOCK_N keys of one KV head, for all query heads that read it, or a share of the visits.
 
     Args:
-        n_splits: shares. d_k_split, d_v_split: elements from the sums of one share to those of the next.
+        slots, shares_of: from `shares_kernel`; for C.SHARED, with n_slots programs more, before the others.
+            k_sums, v_sums: see `add_shares_kernel`.
         n_super_blocks: of keys. n_heads: of queries.
         lists, tags, list_lengths: from `column_lists_kernel`; for C.LISTED.
     """
     PARTS: tl.constexpr = 128 // C.BLOCK_N
     n_blocks = n_super_blocks * PARTS
-    unit, from_last = program_place(tl.program_id(0), n_blocks, n_heads // group * n_splits)
-    kv_head = unit // n_splits
-    split = unit % n_splits
+    n_kv_heads = n_heads // group
+    kv_head, from_last = program_place(tl.program_id(0) - n_slots, n_blocks, n_kv_heads)
     block = n_blocks - 1 - from_last  # The first keys are seen by most rows.
+    slot = n_slots
+    share = 0
+    shares = 1
+    if C.SHARED:
+        slot = tl.program_id(0)
+        if slot < n_slots:
+            column = tl.load(slots + slot * 3)
+            if column < 0:
+                return
+            share = tl.load(slots + slot * 3 + 1)
+            shares = tl.load(slots + slot * 3 + 2)
+            kv_head = column % n_kv_heads
+            block = column // n_kv_heads
+        else:
+            if tl.load(shares_of + block * n_kv_heads + kv_head) > 0:
+                return
     sequence, number = find_sequence(block // PARTS, q_len, k_len, n_sequences, True, C.CAUSAL)
     if sequence < 0:
         return
@@ -284,8 +309,7 @@ def key_gradient_kernel(
     factor = scale_log2 if C.IS_RAW else 1.0
     numbers = (factor, scale_log2, softcap, (num_sink_tokens, dense_window_size))
     place = (base, first, n_q, tl.load(q_start + sequence))
-    members = group // n_splits
-    heads = (kv_head * group + split * members, members, n_rows)
+    heads = (kv_head * group, n_rows)
     queries = (
         q, d_out, q_strides, d_out_strides, (q_boxes, box_rows, box_columns),
         (d_out_boxes, box_rows, d_out_box_columns),
@@ -315,54 +339,38 @@ def key_gradient_kernel(
     if C.LISTED:
         entry = block.to(tl.int64)
         if C.GIVEN:
-            entry = entry * (n_heads // members) + unit
+            entry = entry * n_kv_heads + kv_head
         given = (lists + entry * list_stride, tags + entry * list_stride)
         given_edges = (given[0] + list_stride - 1, given[1] + list_stride - 1)
         n_full = tl.load(list_lengths + entry * 2)
         n_edges = tl.load(list_lengths + entry * 2 + 1)
     visits = (first_block, n_before, n_full)
+    MEMBERS: tl.constexpr = 1 if C.GIVEN else C.MEMBERS
     limits = (bounds, window)
     state = (
         tl.full([C.BLOCK_N, C.BLOCK_D], 0.0, tl.float32),
         tl.full([C.BLOCK_N, C.BLOCK_DV], 0.0, tl.float32),
     )
-    if not C.ONLY_EDGES:
-        state = key_gradients(
-            state, n_full, k_tile, v_tile, keys, n_k, heads, queries, place, row_sums, visits, given,
-            decisions, limits, grids, numbers, C, False,
-        )  # fmt: skip
+    # Edges first: what only they need takes no registers from the other loop.
+    start, stop = visits_of_share(n_edges * MEMBERS, share, shares)
     state = key_gradients(
-        state, n_edges, k_tile, v_tile, keys, n_k, heads, queries, place, row_sums, visits, given_edges,
+        state, start, stop, k_tile, v_tile, keys, n_k, heads, queries, place, row_sums, visits, given_edges,
         decisions, limits, grids, numbers, C, True,
     )  # fmt: skip
+    if not C.ONLY_EDGES:
+        start, stop = visits_of_share(n_full * MEMBERS, share, shares)
+        state = key_gradients(
+            state, start, stop, k_tile, v_tile, keys, n_k, heads, queries, place, row_sums, visits, given,
+            decisions, limits, grids, numbers, C, False,
+        )  # fmt: skip
 
     d_k_tile, d_v_tile = state
-    d_k += split.to(tl.int64) * d_k_split
-    d_v += split.to(tl.int64) * d_v_split
-    store_keys(
-        d_k,
-        d_k_strides,
-        first_key,
-        keys,
-        is_key,
-        kv_head,
-        d_k_tile * scale,
-        C.HEAD_DIM,
-        C.BLOCK_D,
-    )
-    store_keys(
-        d_v, d_v_strides, first_key, keys, is_key, kv_head, d_v_tile, C.HEAD_DIM_V, C.BLOCK_DV
-    )
-
-
-@triton.jit
-def store_keys(
-    x, strides, first_key, keys, is_key, kv_head, tile, DIM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Stores the rows of a tile as keys of a packed tensor."""
-    token, head = strides
-    channel = tl.arange(0, BLOCK)
-    pointers = (
-        x + kv_head.to(tl.int64) * head + (first_key + keys)[:, None] * token + channel[None, :]
-    )
-    tl.store(pointers, tile.to(x.dtype.element_ty), mask=is_key[:, None] & (channel < DIM)[None, :])
+    d_k_tile *= scale
+    if C.SHARED:
+        if slot < n_slots:
+            tl.store(slot_pointers(k_sums, slot, C.BLOCK_N, C.BLOCK_D), d_k_tile)
+            tl.store(slot_pointers(v_sums, slot, C.BLOCK_N, C.BLOCK_DV), d_v_tile)
+            return
+    owned = (first_key, keys, is_key)
+    store_keys(d_k, d_k_strides, owned, kv_head, d_k_tile, C.HEAD_DIM, C.BLOCK_D)
+    store_keys(d_v, d_v_strides, owned, kv_head, d_v_tile, C.HEAD_DIM_V, C.BLOCK_DV)

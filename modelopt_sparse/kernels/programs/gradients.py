@@ -197,7 +197,7 @@ def keys_of(tile, C: tl.constexpr):
 
 @triton.jit
 def key_gradients(
-    state, n_visits, k, v, keys, n_k, heads, queries, place, row_sums, visits, given, words, limits, grids,
+    state, start, stop, k, v, keys, n_k, heads, queries, place, row_sums, visits, given, words, limits, grids,
     numbers, C: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds to the gradients of a program's keys and values: walks row blocks of all its query heads.
@@ -206,9 +206,10 @@ def key_gradients(
 
     Args:
         state: (d_k [BLOCK_N, BLOCK_D], d_v [BLOCK_N, BLOCK_DV]).
-        n_visits: of row blocks that see all keys, or else of the edges; of one head, or for C.GIVEN of all.
+        start, stop: the visits; of row blocks that see all keys, or else of the edges. Without C.GIVEN, all
+            C.MEMBERS heads visit a row block in turn.
         k, v: the tiles. keys: [BLOCK_N] positions.
-        heads: (first head, how many, rows of the packed tensors).
+        heads: (first head, rows of the packed tensors).
         queries: (q, d_out, q_strides, d_out_strides, q_box, d_out_box), pointers to row 0 of head 0; where
             C.BOXES, boxes are (descriptor [.., D], rows and columns from a head to the next).
         place: (base, first, n_q, first_row): the position at which row blocks begin, that of the sequence's
@@ -223,7 +224,7 @@ def key_gradients(
         grids: as (pointer [1, 1] to row 0 and key 0 of head 0, strides of heads, rows and keys).
     """
     d_k, d_v = state
-    first_head, n_heads, n_rows = heads
+    first_head, n_rows = heads
     q, d_out, q_strides, d_out_strides, q_box, d_out_box = queries
     q_stride, q_head = q_strides
     d_out_stride, d_out_head = d_out_strides
@@ -233,90 +234,95 @@ def key_gradients(
     bounds, window = limits
     mask, bias = grids
     within = tl.arange(0, C.BLOCK_M)
-    stop = n_visits if C.GIVEN else n_visits * n_heads
-    of_a_head = tl.maximum(n_visits, 1)
-    for at in tl.range(0, stop, num_stages=C.STAGES):
-        visit = at
-        tag = 0
-        if C.GIVEN:
-            tag = tl.load(given_tags + (-visit if IS_EDGE else visit)).to(tl.int32)
-            head = first_head + (tag >> 8)
-        else:
-            head = first_head + at // of_a_head
-            visit = at % of_a_head
-        if C.LISTED:
-            block = tl.load(given_blocks + (-visit if IS_EDGE else visit)).to(tl.int32)
-        else:
-            if IS_EDGE:
-                visit = tl.where(visit < n_before, visit, visit + n_full)
+    # A branch, for the reason that is given in `attend`.
+    if start < stop:
+        for at in tl.range(start, stop, num_stages=C.STAGES):
+            visit = at if C.GIVEN else at // C.MEMBERS
+            tag = 0
+            if C.GIVEN:
+                tag = tl.load(given_tags + (-visit if IS_EDGE else visit)).to(tl.int32)
+                head = first_head + (tag >> 8)
             else:
-                visit += n_before
-            block = first_block + visit
-        position = base + block * C.BLOCK_M + within
-        block_row = (first_row + base - first + block * C.BLOCK_M).to(tl.int64)
-        q_block = q + head.to(tl.int64) * q_head + block_row * q_stride
-        d_out_block = d_out + head.to(tl.int64) * d_out_head + block_row * d_out_stride
-        sums = row_sums + head.to(tl.int64) * 2 * n_rows + block_row
-        is_row = (position >= first) & (position < first + n_q)
-        takes_rows = is_row
-        if C.GIVEN and C.GROUPS > 1:
-            takes_rows = is_row & (((tag >> (within // (C.BLOCK_M // C.GROUPS))) & 1) != 0)
-        if IS_EDGE:
-            live = takes_rows
-            if C.HAS_GRIDS or C.HAS_BOUNDS:
-                # What rows hold that see no key must not be read.
-                of_rows = tl.load(sums + within, mask=takes_rows, other=float("inf"))
-                live = takes_rows & (of_rows != float("inf"))
-            q_tile = load_rows(q_block, q_stride, within, live, C.HEAD_DIM, C.BLOCK_D)
-            d_out_tile = load_rows(
-                d_out_block, d_out_stride, within, live, C.HEAD_DIM_V, C.BLOCK_DV
+                head = first_head + at % C.MEMBERS
+            if C.LISTED:
+                block = tl.load(given_blocks + (-visit if IS_EDGE else visit)).to(tl.int32)
+            else:
+                if IS_EDGE:
+                    visit = tl.where(visit < n_before, visit, visit + n_full)
+                else:
+                    visit += n_before
+                block = first_block + visit
+            position = base + block * C.BLOCK_M + within
+            block_row = (first_row + base - first + block * C.BLOCK_M).to(tl.int64)
+            q_block = q + head.to(tl.int64) * q_head + block_row * q_stride
+            d_out_block = d_out + head.to(tl.int64) * d_out_head + block_row * d_out_stride
+            sums = row_sums + head.to(tl.int64) * n_rows * 2 + block_row
+            is_row = (position >= first) & (position < first + n_q)
+            takes_rows = is_row
+            if C.GIVEN and C.GROUPS > 1:
+                takes_rows = is_row & (((tag >> (within // (C.BLOCK_M // C.GROUPS))) & 1) != 0)
+            if IS_EDGE:
+                live = takes_rows
+                if C.HAS_GRIDS or C.HAS_BOUNDS:
+                    # What rows hold that see no key must not be read.
+                    of_rows = tl.load(sums + within, mask=takes_rows, other=float("inf"))
+                    live = takes_rows & (of_rows != float("inf"))
+                q_tile = load_rows(q_block, q_stride, within, live, C.HEAD_DIM, C.BLOCK_D)
+                d_out_tile = load_rows(
+                    d_out_block, d_out_stride, within, live, C.HEAD_DIM_V, C.BLOCK_DV
+                )
+            elif C.BOXES:
+                box_row = block_row.to(tl.int32)
+                q_tile = q_box[0].load([box_row + head * q_box[1], head * q_box[2]])
+                d_out_tile = d_out_box[0].load([box_row + head * d_out_box[1], head * d_out_box[2]])
+            else:
+                q_tile = load_rows(q_block, q_stride, within, None, C.HEAD_DIM, C.BLOCK_D)
+                d_out_tile = load_rows(
+                    d_out_block, d_out_stride, within, None, C.HEAD_DIM_V, C.BLOCK_DV
+                )
+            if C.UPCAST:
+                q_tile = q_tile.to(tl.float32)
+                d_out_tile = d_out_tile.to(tl.float32)
+            if C.N > 0:
+                # As in the forward kernel, so that the same scores are chosen.
+                product = tl.dot(q_tile, tl.trans(k), input_precision=C.PRECISION)
+                d_p = tl.dot(d_out_tile, tl.trans(v), input_precision=C.PRECISION)
+            else:
+                # Keys by rows, so that weights go from product to product in registers.
+                product = tl.trans(tl.dot(k, tl.trans(q_tile), input_precision=C.PRECISION))
+                d_p = tl.trans(tl.dot(v, tl.trans(d_out_tile), input_precision=C.PRECISION))
+            # Loaded late, for every thread has many of them.
+            lse, delta = load_sums(sums, n_rows, takes_rows, C, IS_EDGE)
+            if IS_EDGE or (C.GIVEN and C.GROUPS > 1):
+                lse = tl.where(takes_rows, lse, float("inf"))
+            row = block_row + within
+            low, high = row_limits(
+                position, row, is_row, n_k, bounds, window, C.CAUSAL, C.HAS_BOUNDS
             )
-        elif C.BOXES:
-            box_row = block_row.to(tl.int32)
-            q_tile = q_box[0].load([box_row + head * q_box[1], head * q_box[2]])
-            d_out_tile = d_out_box[0].load([box_row + head * d_out_box[1], head * d_out_box[2]])
-        else:
-            q_tile = load_rows(q_block, q_stride, within, None, C.HEAD_DIM, C.BLOCK_D)
-            d_out_tile = load_rows(
-                d_out_block, d_out_stride, within, None, C.HEAD_DIM_V, C.BLOCK_DV
+            tile_grids = grids
+            if C.HAS_MASK:
+                pointers = grid_rows(mask, head, position - first)
+                tile_grids = ((pointers, mask[3]), tile_grids[1])
+            if C.HAS_BIAS:
+                pointers = grid_rows(bias, head, position - first)
+                tile_grids = (tile_grids[0], (pointers, bias[3]))
+            row_words = within
+            if C.BITS:
+                row_tile = (position - base) // C.TILE_ROWS if C.TILE_ROWS > 0 else within * 0
+                row_words = (
+                    words[0] + row_tile.to(tl.int64) * words[1] + head.to(tl.int64) * words[2]
+                )
+            tile_rows = (position, low, high, is_row, takes_rows)
+            weights, d_product, _ = score_gradients(
+                product, d_p - delta[:, None], keys, n_k, tile_rows, lse, delta, row_words, tile_grids,
+                numbers, C, IS_EDGE,
+            )  # fmt: skip
+            d_v = tl.dot(
+                tl.trans(weights.to(d_out_tile.dtype)), d_out_tile, d_v, input_precision=C.PRECISION
             )
-        if C.UPCAST:
-            q_tile = q_tile.to(tl.float32)
-            d_out_tile = d_out_tile.to(tl.float32)
-        if C.N > 0:
-            # As in the forward kernel, so that the same scores are chosen.
-            product = tl.dot(q_tile, tl.trans(k), input_precision=C.PRECISION)
-            d_p = tl.dot(d_out_tile, tl.trans(v), input_precision=C.PRECISION)
-        else:
-            # Keys by rows, so that weights go from product to product in registers.
-            product = tl.trans(tl.dot(k, tl.trans(q_tile), input_precision=C.PRECISION))
-            d_p = tl.trans(tl.dot(v, tl.trans(d_out_tile), input_precision=C.PRECISION))
-        # Loaded late, for every thread has many of them.
-        lse, delta = load_sums(sums, n_rows, takes_rows, C, IS_EDGE)
-        if IS_EDGE or (C.GIVEN and C.GROUPS > 1):
-            lse = tl.where(takes_rows, lse, float("inf"))
-        row = block_row + within
-        low, high = row_limits(position, row, is_row, n_k, bounds, window, C.CAUSAL, C.HAS_BOUNDS)
-        tile_grids = grids
-        if C.HAS_MASK:
-            pointers = grid_rows(mask, head, position - first)
-            tile_grids = ((pointers, mask[3]), tile_grids[1])
-        if C.HAS_BIAS:
-            pointers = grid_rows(bias, head, position - first)
-            tile_grids = (tile_grids[0], (pointers, bias[3]))
-        row_words = within
-        if C.BITS:
-            row_tile = (position - base) // C.TILE_ROWS if C.TILE_ROWS > 0 else within * 0
-            row_words = words[0] + row_tile.to(tl.int64) * words[1] + head.to(tl.int64) * words[2]
-        tile_rows = (position, low, high, is_row, takes_rows)
-        weights, d_product, _ = score_gradients(
-            product, d_p - delta[:, None], keys, n_k, tile_rows, lse, delta, row_words, tile_grids, numbers,
-            C, IS_EDGE,
-        )  # fmt: skip
-        d_v = tl.dot(
-            tl.trans(weights.to(d_out_tile.dtype)), d_out_tile, d_v, input_precision=C.PRECISION
-        )
-        d_k = tl.dot(tl.trans(d_product.to(q_tile.dtype)), q_tile, d_k, input_precision=C.PRECISION)
+            d_k = tl.dot(
+                tl.trans(d_product.to(q_tile.dtype)), q_tile, d_k, input_precision=C.PRECISION
+            )
     return d_k, d_v
 
 

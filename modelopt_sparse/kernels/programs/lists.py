@@ -58,35 +58,38 @@ def column_lists_kernel(
     bounds, window, num_sink_tokens, dense_window_size,
     C: tl.constexpr,
 ):  # fmt: skip
-    """What computes the key tiles of one super-block of keys: row blocks of some query heads, in one list.
+    """Which row blocks of a KV head's query heads compute the key tiles of one super-block of keys.
 
     Row blocks are counted from the super-block of the sequence's first row. They are listed from the front of
     a list; from its end, those of which some row may not see some key.
 
     Args:
         words: as for `row_lists_kernel`; for C.GIVEN.
-        lists: int16 [key tiles, Hq / n_members, list_stride], row blocks. tags: uint16 of the same shape, for
-            C.GIVEN: the bits of the row tiles, as for `row_lists_kernel`, and from bit 8 on which of the
-            n_members heads. lengths: int32 [key tiles, Hq / n_members, 2], of the two lists. Without C.GIVEN
-            all heads are one.
+        lists: int16 [key tiles, Hk, list_stride], row blocks. tags: uint16 of the same shape, for C.GIVEN:
+            the bits of the row tiles, as for `row_lists_kernel`, and from bit 8 on which of the KV head's
+            n_members query heads. lengths: int32 [key tiles, Hk, 2], of the two lists; zeros where there is
+            no sequence, or another launch's. Without C.GIVEN all heads are one.
     """
     PARTS: tl.constexpr = 128 // C.BLOCK_N
     # Row blocks that a program looks at together.
     BLOCKS: tl.constexpr = 32
     super_block = tl.program_id(0)
-    share = tl.program_id(1)
+    kv_head = tl.program_id(1)
+    part = tl.arange(0, PARTS)
+    place = (super_block * PARTS + part).to(tl.int64) * tl.num_programs(1) + kv_head
     sequence, number = find_sequence(super_block, q_len, k_len, n_sequences, True, C.CAUSAL)
-    if sequence < 0:
-        return
-    n_q = tl.load(q_len + sequence)
+    n_q = tl.load(q_len + sequence, mask=sequence >= 0, other=0)
+    sequence = tl.maximum(sequence, 0)
     n_k = tl.load(k_len + sequence)
+    if C.ONLY_PREFILL:
+        n_q = tl.where(n_q == 1, 0, n_q)
+    if C.ONLY_DECODE:
+        n_q = tl.where(n_q == 1, 1, 0)
     first = first_position(n_q, n_k, C.CAUSAL)
     first_row = tl.load(q_start + sequence)
     base = (first >> 7) * 128
     n_blocks = tl.where(n_q > 0, (first + n_q - 1 - base) // C.BLOCK_M + 1, 0)
-    part = tl.arange(0, PARTS)
     key = (number * PARTS + part) * C.BLOCK_N
-    place = (super_block * PARTS + part).to(tl.int64) * tl.num_programs(1) + share
     first_slot = 0
     if C.GIVEN:
         first_slot = first_super_block(sequence, q_len, k_len, n_sequences, C.CAUSAL) * (
@@ -119,7 +122,7 @@ def column_lists_kernel(
             taken = seen
             groups = entry * 0
             if C.GIVEN:
-                head = share * n_members + member
+                head = kv_head * n_members + member
                 exists = (block < n_blocks)[:, None] & (key < n_k)[None, :]
                 groups = row_tiles_that_compute(
                     words, n_words, first_slot, block, key, exists, head, n_heads, C
