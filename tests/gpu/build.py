@@ -82,7 +82,8 @@ class Setup:
 def on(device: torch.device | str, seqs: Seqs) -> Seqs:
     """The sequences with their tensors on a device."""
     columns = (seqs.q_start, seqs.q_len, seqs.k_start, seqs.k_len)
-    return Seqs(*(column.to(device) for column in columns), seqs.max_q, seqs.max_k, seqs.min_q)
+    bounds = seqs.max_q, seqs.max_k, seqs.min_q
+    return Seqs(*(column.to(device) for column in columns), *bounds)
 
 
 def laid(x: torch.Tensor, strides: str) -> torch.Tensor:
@@ -252,7 +253,7 @@ def grid(rng, seqs: Seqs, values: torch.Tensor, outside: float | bool) -> ScoreG
 
 def holes(rng, seqs: Seqs, width: int) -> torch.Tensor:
     """A mask with single holes, and with holes of 16 by 16 so that whole tiles are hidden."""
-    shape = (len(seqs.q_len), width, seqs.max_q, seqs.max_k, seqs.min_q)
+    shape = (len(seqs.q_len), width, seqs.max_q, seqs.max_k)
     coarse = rng.random((*shape[:2], -(-shape[2] // 16), -(-shape[3] // 16))) < 0.7
     coarse = coarse.repeat(16, 2).repeat(16, 3)[:, :, : shape[2], : shape[3]]
     return torch.from_numpy((rng.random(shape, dtype=np.float32) < 0.8) & coarse)
@@ -260,7 +261,7 @@ def holes(rng, seqs: Seqs, width: int) -> torch.Tensor:
 
 def additive(rng, seqs: Seqs, width: int, inputs: Inputs) -> ScoreGrid:
     """A bias with -inf here and there; nothing else with integers, whose scores stay integers."""
-    shape = (len(seqs.q_len), width, seqs.max_q, seqs.max_k, seqs.min_q)
+    shape = (len(seqs.q_len), width, seqs.max_q, seqs.max_k)
     values = np.zeros(shape, dtype=np.float32)
     if not inputs.exact:
         values = rng.standard_normal(shape, dtype=np.float32)
