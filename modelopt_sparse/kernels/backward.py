@@ -38,10 +38,9 @@ from .types import NMSparsity, Phase, TileMap
 
 LOG2_E = 1.4426950408889634
 # A program walks about as many row blocks as make this number of programs for each multiprocessor, but no
-# fewer than LEAST_VISITS. With more key tiles than SHARED_COLUMNS for each, dense work is even as it is.
+# fewer than LEAST_VISITS.
 SHARES = 2
 LEAST_VISITS = 8
-SHARED_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ class BackwardVariant(Variant):
         BIAS_GRADIENT: the gradients of scores are stored.
         AHEAD: products with values are computed one visit ahead, for which there must be registers.
         MEMBERS: query heads of a KV head.
-        SHARED: programs share the row blocks of key tiles that many see.
     """
 
     ONLY_DECODE: bool = False
@@ -65,7 +63,6 @@ class BackwardVariant(Variant):
     BIAS_GRADIENT: bool = False
     AHEAD: bool = False
     MEMBERS: int = 1
-    SHARED: bool = False
 
     @property
     def LIST_ROWS(self) -> int:
@@ -75,7 +72,7 @@ class BackwardVariant(Variant):
     @property
     def LISTED(self) -> bool:
         """A list says which row blocks see a key tile."""
-        return self.GIVEN or self.HAS_BOUNDS or self.SHARED
+        return self.GIVEN or self.HAS_BOUNDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,17 +166,13 @@ def _parts(call: Call, tiles: TileMap | None, decode_tiles: TileMap | None) -> l
     skip, skip_decode, nm = call.plan.skip, call.plan.skip_decode, call.plan.nm
     exact = skip is not None and skip.exact_normalizer
     exact_decode = skip_decode is not None and skip_decode.exact_normalizer
-    is_prefill = call.phase is Phase.PREFILL
     if call.phase is None and call.seqs.max_q > 1:
-        is_prefill = call.seqs.min_q > 1
         if nm is None and tiles is None and decode_tiles is None:
             return [Part()]
-        if not is_prefill:
-            return [
-                Part(Phase.PREFILL, nm, tiles, exact),
-                Part(Phase.DECODE, None, decode_tiles, exact_decode),
-            ]
-    if is_prefill:
+        prefill = Part(Phase.PREFILL, nm, tiles, exact)
+        decode = Part(Phase.DECODE, None, decode_tiles, exact_decode)
+        return [prefill] if call.seqs.min_q > 1 else [prefill, decode]
+    if call.phase is Phase.PREFILL:
         return [Part(None, nm, tiles, exact)]
     return [Part(None, None, decode_tiles, exact_decode)]
 
@@ -247,42 +240,41 @@ class _Launches:
         if not super_blocks:
             return
         columns = super_blocks * (SUPER_ROWS // launch.block_n) * kv_heads
-        all_at_once = processors(q.device)
         q_boxes, d_out_boxes, steps = boxes(q, self.d_out, launch.block_m)
-        C = self._variant(
-            launch, part, q_boxes is not None,
-            MEMBERS=heads // kv_heads,
-            SHARED=part.decision is not None or columns < SHARED_COLUMNS * all_at_once,
-        )  # fmt: skip
+        C = self._variant(launch, part, q_boxes is not None, MEMBERS=heads // kv_heads)
         words, n_words = _words(part)
+        n_blocks = (-(-seqs.max_q // SUPER_ROWS) + 1) * (SUPER_ROWS // C.BLOCK_M)
         lists, length = NO_LISTS, 0
         if C.LISTED:
             n_lists, members = (kv_heads, C.MEMBERS) if C.GIVEN else (1, 1)
-            n_blocks = (-(-seqs.max_q // SUPER_ROWS) + 1) * (SUPER_ROWS // C.BLOCK_M)
             lists = empty_lists((columns // kv_heads, n_lists), n_blocks, members, (2,), q.device)
             length = n_blocks * members
             column_lists_kernel[(super_blocks, n_lists)](
                 words, n_words, *lists, length, seqs.q_start, seqs.q_len, seqs.k_len, batch, heads, members,
                 call.bounds, arguments.window(call.window), *arguments.shields(part.nm), C, num_warps=4,
             )  # fmt: skip
+        n_programs = SHARES * processors(q.device)
         slots = shares_of = None
-        n_slots = 0
-        if C.SHARED:
-            n_programs = SHARES * all_at_once
-            n_slots = 2 * n_programs
+        if C.GIVEN:
+            # Only the device knows how long lists are.
+            shares, n_slots = 1, 2 * n_programs
             slots = torch.empty((n_slots, 3), dtype=torch.int32, device=q.device)
             shares_of = torch.empty(columns, dtype=torch.int32, device=q.device)
-            visits = (1, 1) if C.GIVEN else (kv_heads, C.MEMBERS)
             shares_kernel[(1,)](
-                lists[2], *visits, columns, n_programs, LEAST_VISITS, slots, n_slots, shares_of, num_warps=4
-            )  # fmt: skip
+                lists[2], columns, n_programs, LEAST_VISITS, slots, n_slots, shares_of, num_warps=4
+            )
+        else:
+            most = -(-n_blocks * C.MEMBERS // LEAST_VISITS)
+            shares = max(1, min(most, n_programs // columns))
+            n_slots = columns * shares if shares > 1 else 0
         sums = [
             torch.empty((n_slots, C.BLOCK_N, dim), dtype=torch.float32, device=q.device)
             for dim in (C.BLOCK_D, C.BLOCK_DV)
         ]
         tensors = (q, k, call.v, self.d_out, d_k, d_v)
-        key_gradient_kernel[(n_slots + columns,)](
-            *tensors[:4], self.row_sums, d_k, d_v, slots, n_slots, shares_of, *sums,
+        n_own = n_slots + columns if C.GIVEN else columns * shares
+        key_gradient_kernel[(n_own,)](
+            *tensors[:4], self.row_sums, d_k, d_v, shares, slots, n_slots, shares_of, *sums,
             q_boxes, d_out_boxes, *steps,
             *(arguments.strides(x) for x in tensors),
             *arguments.sequences(seqs), super_blocks, heads, heads // kv_heads, rows,
@@ -292,9 +284,9 @@ class _Launches:
             words, n_words, *lists, length,
             C, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
-        if C.SHARED:
-            add_shares_kernel[(n_slots,)](
-                *sums, slots, d_k, d_v, arguments.strides(d_k), arguments.strides(d_v),
+        if n_slots:
+            add_shares_kernel[(n_slots // shares,)](
+                *sums, shares, slots, d_k, d_v, arguments.strides(d_k), arguments.strides(d_v),
                 seqs.q_len, seqs.k_start, seqs.k_len, batch, kv_heads, C, num_warps=8,
             )  # fmt: skip
 

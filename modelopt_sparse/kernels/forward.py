@@ -39,9 +39,8 @@ def _launch(call: Call, results: Results) -> None:
     if call.phase is Phase.PREFILL:
         launch_prefill(call, results)
     elif call.phase is None and max_q > 1:
-        has_decoding = call.seqs.min_q < 2
-        launch_prefill(call, results, only_prefill=has_decoding)
-        if has_decoding:
+        launch_prefill(call, results, only_prefill=True)
+        if call.seqs.min_q < 2:
             launch_decode(call, results)
     elif max_q <= MOST_ROWS_OF_A_SEQUENCE:
         launch_decode(call, results)

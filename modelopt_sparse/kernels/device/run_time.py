@@ -8,7 +8,7 @@ RUN_TIME = [
     "n_sequences", "n_super_blocks", "n_heads", "group", "n_rows", "n_tokens", "n_members", "n_blocks",
     "max_q", "window", "num_sink_tokens", "dense_window_size", "segment_tiles", "log2_threshold",
     "n_words", "list_stride", "slots", "n_slots", "shares_of", "least",
-    "columns_of_a_list", "visits_of_an_entry", "n_columns", "n_programs",
+    "shares", "n_columns", "n_programs",
     "box_rows", "box_columns", "v_box_columns", "d_out_box_columns",
     "q_start", "q_len", "k_start", "k_len", "start", "length", "bounds", "sinks", "log2_thresholds",
     "mask", "mask_row_start", "mask_key_start", "mask_item", "mask_head", "mask_row",

@@ -53,6 +53,16 @@ def find_sequence(index, q_len, k_len, n_sequences, OF_KEYS: tl.constexpr, CAUSA
 
 
 @triton.jit
+def is_left_out(n_q, C: tl.constexpr):
+    """Whether a sequence with so many rows is another launch's; C is a variant of the backward pass."""
+    if C.ONLY_PREFILL:
+        return n_q == 1
+    if C.ONLY_DECODE:
+        return n_q != 1
+    return False
+
+
+@triton.jit
 def first_super_block(sequence, q_len, k_len, n_sequences, CAUSAL: tl.constexpr):
     """The number, through all sequences, of a sequence's first super-block of rows."""
     before = 0

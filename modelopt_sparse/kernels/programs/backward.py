@@ -17,6 +17,7 @@ from modelopt_sparse.kernels.device.sequence import (
     find_sequence,
     first_position,
     first_super_block,
+    is_left_out,
     row_limits,
 )
 from modelopt_sparse.kernels.device.softmax import LOG2_E
@@ -95,12 +96,8 @@ def query_gradient_kernel(
         return
     n_q = tl.load(q_len + sequence)
     n_k = tl.load(k_len + sequence)
-    if C.ONLY_PREFILL:
-        if n_q == 1:
-            return
-    if C.ONLY_DECODE:
-        if n_q != 1:
-            return
+    if is_left_out(n_q, C):
+        return
 
     first = first_position(n_q, n_k, C.CAUSAL)
     start = ((first >> 7) + number) * 128 + (block % PARTS) * C.BLOCK_M
@@ -238,7 +235,7 @@ def decision_pointers(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def key_gradient_kernel(
-    q, k, v, d_out, row_sums, d_k, d_v, slots, n_slots, shares_of, k_sums, v_sums,
+    q, k, v, d_out, row_sums, d_k, d_v, shares, slots, n_slots, shares_of, k_sums, v_sums,
     q_boxes, d_out_boxes, box_rows, box_columns, d_out_box_columns,
     q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
     q_start, q_len, k_start, k_len, n_sequences, n_super_blocks, n_heads, group, n_rows,
@@ -252,43 +249,46 @@ def key_gradient_kernel(
     """One program: C.BLOCK_N keys of one KV head, for all query heads that read it, or a share of the visits.
 
     Args:
-        slots, shares_of: from `shares_kernel`; for C.SHARED, with n_slots programs more, before the others.
-            k_sums, v_sums: see `add_shares_kernel`.
+        shares: how many programs share the visits of each key tile. slots, shares_of: for C.GIVEN they say so
+            in its place, see `shares_kernel`; the programs of slots come before the others.
+        k_sums, v_sums: [n_slots, ..], what shares sum up; see `add_shares_kernel`.
         n_super_blocks: of keys. n_heads: of queries.
         lists, tags, list_lengths: from `column_lists_kernel`; for C.LISTED.
     """
     PARTS: tl.constexpr = 128 // C.BLOCK_N
     n_blocks = n_super_blocks * PARTS
     n_kv_heads = n_heads // group
-    kv_head, from_last = program_place(tl.program_id(0) - n_slots, n_blocks, n_kv_heads)
-    block = n_blocks - 1 - from_last  # The first keys are seen by most rows.
-    slot = n_slots
-    share = 0
-    shares = 1
-    if C.SHARED:
-        slot = tl.program_id(0)
-        if slot < n_slots:
-            column = tl.load(slots + slot * 3)
+    pid = tl.program_id(0)
+    # The first keys are seen by most rows.
+    if C.GIVEN:
+        slot = pid
+        share = 0
+        shares = 1
+        kv_head, from_last = program_place(pid - n_slots, n_blocks, n_kv_heads)
+        block = n_blocks - 1 - from_last
+        if pid < n_slots:
+            column = tl.load(slots + pid * 3)
             if column < 0:
                 return
-            share = tl.load(slots + slot * 3 + 1)
-            shares = tl.load(slots + slot * 3 + 2)
+            share = tl.load(slots + pid * 3 + 1)
+            shares = tl.load(slots + pid * 3 + 2)
             kv_head = column % n_kv_heads
             block = column // n_kv_heads
         else:
             if tl.load(shares_of + block * n_kv_heads + kv_head) > 0:
                 return
+    else:
+        kv_head, from_last = program_place(pid // shares, n_blocks, n_kv_heads)
+        block = n_blocks - 1 - from_last
+        share = pid % shares
+        slot = (block * n_kv_heads + kv_head) * shares + share
     sequence, number = find_sequence(block // PARTS, q_len, k_len, n_sequences, True, C.CAUSAL)
     if sequence < 0:
         return
     n_q = tl.load(q_len + sequence)
     n_k = tl.load(k_len + sequence)
-    if C.ONLY_PREFILL:
-        if n_q == 1:
-            return
-    if C.ONLY_DECODE:
-        if n_q != 1:
-            return
+    if is_left_out(n_q, C):
+        return
 
     tile = number * PARTS + block % PARTS
     first = first_position(n_q, n_k, C.CAUSAL)
@@ -366,11 +366,10 @@ def key_gradient_kernel(
 
     d_k_tile, d_v_tile = state
     d_k_tile *= scale
-    if C.SHARED:
-        if slot < n_slots:
-            tl.store(slot_pointers(k_sums, slot, C.BLOCK_N, C.BLOCK_D), d_k_tile)
-            tl.store(slot_pointers(v_sums, slot, C.BLOCK_N, C.BLOCK_DV), d_v_tile)
-            return
+    if slot < n_slots:
+        tl.store(slot_pointers(k_sums, slot, C.BLOCK_N, C.BLOCK_D), d_k_tile)
+        tl.store(slot_pointers(v_sums, slot, C.BLOCK_N, C.BLOCK_DV), d_v_tile)
+        return
     owned = (first_key, keys, is_key)
     store_keys(d_k, d_k_strides, owned, kv_head, d_k_tile, C.HEAD_DIM, C.BLOCK_D)
     store_keys(d_v, d_v_strides, owned, kv_head, d_v_tile, C.HEAD_DIM_V, C.BLOCK_DV)

@@ -10,6 +10,7 @@ from modelopt_sparse.kernels.device.sequence import (
     find_sequence,
     first_position,
     first_super_block,
+    is_left_out,
     row_limits,
 )
 
@@ -81,10 +82,8 @@ def column_lists_kernel(
     n_q = tl.load(q_len + sequence, mask=sequence >= 0, other=0)
     sequence = tl.maximum(sequence, 0)
     n_k = tl.load(k_len + sequence)
-    if C.ONLY_PREFILL:
-        n_q = tl.where(n_q == 1, 0, n_q)
-    if C.ONLY_DECODE:
-        n_q = tl.where(n_q == 1, 1, 0)
+    if is_left_out(n_q, C):
+        n_q = n_q * 0
     first = first_position(n_q, n_k, C.CAUSAL)
     first_row = tl.load(q_start + sequence)
     base = (first >> 7) * 128

@@ -7,22 +7,20 @@ import triton.language as tl
 
 from modelopt_sparse.kernels.device.run_time import RUN_TIME
 from modelopt_sparse.kernels.device.scores import columns_to_keys
-from modelopt_sparse.kernels.device.sequence import find_sequence
+from modelopt_sparse.kernels.device.sequence import find_sequence, is_left_out
 
 # Columns that the program looks at together.
 _CHUNK = tl.constexpr(1024)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def shares_kernel(
-    lengths, columns_of_a_list, visits_of_an_entry, n_columns, n_programs, least, slots, n_slots, shares_of
-):  # fmt: skip
+def shares_kernel(lengths, n_columns, n_programs, least, slots, n_slots, shares_of):
     """One program: splits those columns that have more visits than 1 / n_programs of all.
 
     A column is a key tile of one KV head. A share is a program's, and has a slot for what it sums up.
 
     Args:
-        lengths: int32 [lists, 2], from `column_lists_kernel`. Column c has list c // columns_of_a_list.
+        lengths: int32 [n_columns, 2], from `column_lists_kernel`.
         least: no share has fewer visits, but for the rest that division leaves.
         slots: int32 [n_slots, 3]: column (-1: not used), number of the share, number of shares. n_slots: at
             least 2 * n_programs, which is more than there can be.
@@ -30,14 +28,12 @@ def shares_kernel(
     """
     total = n_columns.to(tl.int64) * 0
     for start in range(0, n_columns, _CHUNK):
-        _, visits = columns_visits(start, lengths, columns_of_a_list, visits_of_an_entry, n_columns)
+        _, visits = columns_visits(start, lengths, n_columns)
         total += tl.sum(visits.to(tl.int64), 0)
     most = tl.maximum((total + n_programs - 1) // n_programs, least).to(tl.int32)
     used = n_columns * 0
     for start in range(0, n_columns, _CHUNK):
-        column, visits = columns_visits(
-            start, lengths, columns_of_a_list, visits_of_an_entry, n_columns
-        )
+        column, visits = columns_visits(start, lengths, n_columns)
         shares = tl.where(visits > most, (visits + most - 1) // most, 0)
         slot = used + tl.cumsum(shares, 0) - shares
         tl.store(shares_of + column, shares, mask=column < n_columns)
@@ -54,37 +50,43 @@ def shares_kernel(
 
 
 @triton.jit
-def columns_visits(start, lengths, columns_of_a_list, visits_of_an_entry, n_columns):
+def columns_visits(start, lengths, n_columns):
     """Some columns, and how many visits each has."""
     column = start + tl.arange(0, _CHUNK)
-    of_list = lengths + column // columns_of_a_list * 2
-    n_full = tl.load(of_list, mask=column < n_columns, other=0)
-    n_edges = tl.load(of_list + 1, mask=column < n_columns, other=0)
-    return column, (n_full + n_edges) * visits_of_an_entry
+    n_full = tl.load(lengths + column * 2, mask=column < n_columns, other=0)
+    n_edges = tl.load(lengths + column * 2 + 1, mask=column < n_columns, other=0)
+    return column, n_full + n_edges
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def add_shares_kernel(
-    k_sums, v_sums, slots, d_k, d_v, d_k_strides, d_v_strides, q_len, k_start, k_len, n_sequences, n_heads,
-    C: tl.constexpr,
+    k_sums, v_sums, shares, slots, d_k, d_v, d_k_strides, d_v_strides, q_len, k_start, k_len, n_sequences,
+    n_heads, C: tl.constexpr,
 ):  # fmt: skip
-    """One program: adds up the shares of a column, in order, if its slot is that of the first.
+    """One program: adds up the shares of a column, in order; for C.GIVEN, if its slot is that of the first.
 
     Args:
-        k_sums, v_sums: fp32 [n_slots, C.BLOCK_N, C.BLOCK_D or C.BLOCK_DV]. slots: from `shares_kernel`.
+        k_sums, v_sums: fp32 [n_slots, C.BLOCK_N, C.BLOCK_D or C.BLOCK_DV], those of a column side by side.
+        shares, slots: as for `key_gradient_kernel`.
         n_heads: of keys.
     """
     PARTS: tl.constexpr = 128 // C.BLOCK_N
-    slot = tl.program_id(0).to(tl.int64)
-    column = tl.load(slots + slot * 3)
-    if column < 0:
-        return
-    if tl.load(slots + slot * 3 + 1) != 0:
-        return
-    shares = tl.load(slots + slot * 3 + 2)
+    if C.GIVEN:
+        slot = tl.program_id(0)
+        column = tl.load(slots + slot * 3)
+        if column < 0:
+            return
+        if tl.load(slots + slot * 3 + 1) != 0:
+            return
+        shares = tl.load(slots + slot * 3 + 2)
+    else:
+        column = tl.program_id(0)
+        slot = column * shares
     block = column // n_heads
     sequence, number = find_sequence(block // PARTS, q_len, k_len, n_sequences, True, C.CAUSAL)
     if sequence < 0:
+        return
+    if is_left_out(tl.load(q_len + sequence), C):
         return
     keys = (number * PARTS + block % PARTS) * C.BLOCK_N + columns_to_keys(C)
     place = (tl.load(k_start + sequence).to(tl.int64), keys, keys < tl.load(k_len + sequence))
