@@ -97,9 +97,16 @@ def test_a_sequence_alone_gives_what_it_gives_in_a_batch(name):
             wanted["kept"], found["kept"] = batch.kept[b], ours.kept[0]
         if name in TRAINED:
             gradients = trained(single, d_out[rows])
-            for x, part in (("dq", rows), ("dk", keys), ("dv", keys)):
-                wanted[x], found[x] = whole[x][part], gradients[x]
+            wanted["dq"], found["dq"] = whole["dq"][rows], gradients["dq"]
+            for x in ("dk", "dv"):
+                assert_same_sums(gradients[x], whole[x][keys])
         assert_same_bits(found, wanted, f"sequence {b}:")
+
+
+def assert_same_sums(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Up to the order of fp32 sums: in another batch, other programs share the rows that see a key."""
+    most = float(wanted.abs().max()) if wanted.numel() else 0.0
+    torch.testing.assert_close(found, wanted, rtol=torch.finfo(wanted.dtype).eps, atol=1e-5 * most)
 
 
 @pytest.mark.parametrize("name", TRAINED)
