@@ -102,17 +102,22 @@ def load_v(
 
 @triton.jit
 def grid_pointers(
-    values, row_start, key_start, by_item, by_head, by_row, by_key, sequence, head, rows
+    values, row_start, key_start, by_item, by_head, by_row, by_key, sequence, head, rows,
+    EXISTS: tl.constexpr,
 ):  # fmt: skip
     """Pointers to the entries of a `ScoreGrid` for a program's rows and key 0: [BLOCK_M, 1].
 
     Args:
         by_item, by_head, by_row, by_key: strides.
+        EXISTS: there is such a grid; else what is returned is nothing to use.
     """
-    first_row = tl.load(row_start + sequence).to(tl.int64)
-    first_key = tl.load(key_start + sequence).to(tl.int64)
-    base = values + sequence.to(tl.int64) * by_item + head.to(tl.int64) * by_head
-    return base + (first_row + rows.to(tl.int64))[:, None] * by_row + first_key * by_key
+    if EXISTS:
+        first_row = tl.load(row_start + sequence).to(tl.int64)
+        first_key = tl.load(key_start + sequence).to(tl.int64)
+        base = values + sequence.to(tl.int64) * by_item + head.to(tl.int64) * by_head
+        return base + (first_row + rows.to(tl.int64))[:, None] * by_row + first_key * by_key
+    else:
+        return rows
 
 
 @triton.jit

@@ -131,28 +131,20 @@ def query_gradient_kernel(
     scale_log2 = scale * LOG2_E
     factor = scale_log2 if C.IS_RAW else 1.0
 
-    mask_grid = (0, 0)
-    bias_grid = (0, 0)
-    bias_gradient = (0, 0)
-    if C.HAS_MASK:
-        pointers = grid_pointers(
-            mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
-            sequence, head, position - first,
-        )  # fmt: skip
-        mask_grid = (pointers, mask_key)
-    if C.HAS_BIAS:
-        pointers = grid_pointers(
-            bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
-            sequence, head, position - first,
-        )  # fmt: skip
-        bias_grid = (pointers, bias_key)
-        if C.BIAS_GRADIENT:
-            pointers = grid_pointers(
-                d_bias, bias_row_start, bias_key_start, d_bias_item, d_bias_head, d_bias_row, d_bias_key,
-                sequence, head, position - first,
-            )  # fmt: skip
-            bias_gradient = (pointers, d_bias_key)
-    grids = (mask_grid, bias_grid)
+    mask_pointers = grid_pointers(
+        mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+        sequence, head, position - first, C.HAS_MASK,
+    )  # fmt: skip
+    bias_pointers = grid_pointers(
+        bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+        sequence, head, position - first, C.HAS_BIAS,
+    )  # fmt: skip
+    grids = ((mask_pointers, mask_key), (bias_pointers, bias_key))
+    d_bias_pointers = grid_pointers(
+        d_bias, bias_row_start, bias_key_start, d_bias_item, d_bias_head, d_bias_row, d_bias_key,
+        sequence, head, position - first, C.BIAS_GRADIENT,
+    )  # fmt: skip
+    bias_gradient = (d_bias_pointers, d_bias_key)
 
     limits = block_limits(low, high, is_row, first_row, last_row, n_k, window, C)
     top, bottom, full_top, full_bottom = tile_limits(
@@ -314,21 +306,20 @@ def key_gradient_kernel(
         q, d_out, q_strides, d_out_strides, (q_boxes, box_rows, box_columns),
         (d_out_boxes, box_rows, d_out_box_columns),
     )  # fmt: skip
-    mask_grid = (0, 0, 0, 0)
-    bias_grid = (0, 0, 0, 0)
-    if C.HAS_MASK:
-        pointer = grid_pointers(
-            mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
-            sequence, sequence * 0, tl.arange(0, 1),
-        )  # fmt: skip
-        mask_grid = (pointer, mask_head, mask_row, mask_key)
-    if C.HAS_BIAS:
-        pointer = grid_pointers(
-            bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
-            sequence, sequence * 0, tl.arange(0, 1),
-        )  # fmt: skip
-        bias_grid = (pointer, bias_head, bias_row, bias_key)
-    grids = (mask_grid, bias_grid)
+    head_0 = sequence * 0
+    row_0 = tl.arange(0, 1)
+    mask_pointer = grid_pointers(
+        mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+        sequence, head_0, row_0, C.HAS_MASK,
+    )  # fmt: skip
+    bias_pointer = grid_pointers(
+        bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+        sequence, head_0, row_0, C.HAS_BIAS,
+    )  # fmt: skip
+    grids = (
+        (mask_pointer, mask_head, mask_row, mask_key),
+        (bias_pointer, bias_head, bias_row, bias_key),
+    )
     decisions = (q_len, 0, 0)
     if C.BITS:
         super_block = first_super_block(sequence, q_len, k_len, n_sequences, C.CAUSAL)

@@ -210,21 +210,15 @@ def decode_kernel(
     q_tile = load_rows(q + each_head * q_head, q_token, row, is_row, C.HEAD_DIM, C.BLOCK_D)
     if C.UPCAST:
         q_tile = q_tile.to(tl.float32)
-    mask_grid = (0, 0)
-    bias_grid = (0, 0)
-    if C.HAS_MASK:
-        pointers = grid_pointers(
-            mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
-            sequence, each_head, index,
-        )  # fmt: skip
-        mask_grid = (pointers, mask_key)
-    if C.HAS_BIAS:
-        pointers = grid_pointers(
-            bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
-            sequence, each_head, index,
-        )  # fmt: skip
-        bias_grid = (pointers, bias_key)
-    grids = (mask_grid, bias_grid)
+    mask_pointers = grid_pointers(
+        mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+        sequence, each_head, index, C.HAS_MASK,
+    )  # fmt: skip
+    bias_pointers = grid_pointers(
+        bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+        sequence, each_head, index, C.HAS_BIAS,
+    )  # fmt: skip
+    grids = ((mask_pointers, mask_key), (bias_pointers, bias_key))
 
     scale_log2 = scale * LOG2_E
     factor = scale_log2 if C.IS_RAW else 1.0

@@ -86,21 +86,15 @@ def prefill_kernel(
     scale_log2 = scale * LOG2_E
     factor = scale_log2 if C.IS_RAW else 1.0
 
-    mask_grid = (0, 0)
-    bias_grid = (0, 0)
-    if C.HAS_MASK:
-        pointers = grid_pointers(
-            mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
-            sequence, head, position - first,
-        )  # fmt: skip
-        mask_grid = (pointers, mask_key)
-    if C.HAS_BIAS:
-        pointers = grid_pointers(
-            bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
-            sequence, head, position - first,
-        )  # fmt: skip
-        bias_grid = (pointers, bias_key)
-    grids = (mask_grid, bias_grid)
+    mask_pointers = grid_pointers(
+        mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
+        sequence, head, position - first, C.HAS_MASK,
+    )  # fmt: skip
+    bias_pointers = grid_pointers(
+        bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
+        sequence, head, position - first, C.HAS_BIAS,
+    )  # fmt: skip
+    grids = ((mask_pointers, mask_key), (bias_pointers, bias_key))
 
     top, bottom, full_top, full_bottom = tile_limits(
         limits, first_row, num_sink_tokens, dense_window_size, C
