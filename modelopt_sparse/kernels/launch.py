@@ -91,6 +91,10 @@ def prefill_launch(
     widest = max(block_d, block_dv)
     is_wide = widest > 128 or itemsize > 2
     block_m, block_n = (64, 64) if is_wide or has_nm else (128, 128)
+    fits = (128 * block_d + 2 * 64 * (block_d + block_dv)) * itemsize <= capacity
+    if widest == 256 and itemsize == 2 and decision is None and not has_nm and fits:
+        # Of 64 rows, each of two warp groups would compute one half of every product.
+        block_m = 128
     if itemsize > 2:
         block_m, block_n = 64 if widest <= 128 else 32, 32
     if decision is not None:
@@ -106,6 +110,8 @@ def prefill_launch(
         late = rows * block_d * itemsize + 2 * (bytes_k + rows * block_n * grid_bytes) + bytes_v
         if 2 * (late + 1024) <= capacity:
             return Launch(rows, block_n, 4 if rows == 64 else 8, 2, late_values=True)
+        if widest > 128 and late + 1024 <= capacity:
+            return Launch(rows, block_n, 8, 2, late_values=True)
     bytes_tile = bytes_k + bytes_v + bytes_grids
     stages = max(1, min(3, (capacity - bytes_q) // bytes_tile))
     late_values = bytes_q + bytes_tile > capacity

@@ -108,7 +108,7 @@ def attend(
                     # Beyond edges, tiles come one after the other: a word is stored when it is full.
                     is_full = True
                     if not IS_EDGE:
-                        is_full = (tile % 32 == 0) | (visit == stop - 1)
+                        is_full = ((tile & 31) == 0) | (visit == stop - 1)
                     pending = gather_tiles(
                         pending, words[0], words[1], tile, kept, is_full, C.GROUPS
                     )

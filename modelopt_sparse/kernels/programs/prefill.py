@@ -227,9 +227,15 @@ def list_limits(tiles, length, top, full_top, full_bottom, bottom):
     for first in range(0, length, 256):
         at = first + tl.arange(0, 256)
         tile = tl.load(tiles + at, mask=at < length, other=-1).to(tl.int32)
-        start += tl.sum((tile > top).to(tl.int32), 0)
-        full_start += tl.sum((tile > full_top).to(tl.int32), 0)
-        full_stop += tl.sum((tile >= full_bottom).to(tl.int32), 0)
-        stop += tl.sum((tile >= bottom).to(tl.int32), 0)
+        # Four counts of at most 256 in one sum, for each sum waits for all warps.
+        counts = (tile > top).to(tl.int64)
+        counts += (tile > full_top).to(tl.int64) << 10
+        counts += (tile >= full_bottom).to(tl.int64) << 20
+        counts += (tile >= bottom).to(tl.int64) << 30
+        counts = tl.sum(counts, 0)
+        start += (counts & 1023).to(tl.int32)
+        full_start += (counts >> 10 & 1023).to(tl.int32)
+        full_stop += (counts >> 20 & 1023).to(tl.int32)
+        stop += (counts >> 30).to(tl.int32)
     full_stop = tl.maximum(full_stop, full_start)
     return start, full_start, full_stop, stop

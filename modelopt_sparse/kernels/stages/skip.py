@@ -51,20 +51,22 @@ def count_skipped(tile_max, running, counted, is_row, group, below, GROUPS: tl.c
 
 @triton.jit
 def gather_tiles(pending, words, word_step, tile, kept, is_full, GROUPS: tl.constexpr):
-    """Adds the bit of a key tile to a word of each row tile that keeps it.
+    """Adds the bit of a key tile to a word of each row tile that keeps it. Tiles come in falling order.
 
     Args:
-        pending: [GROUPS], bits that are not stored yet.
+        pending: [GROUPS], bits that are not stored yet, the last one lowest.
         words: pointer to the words of the first row tile; those of the next lie `word_step` words on.
-        is_full: no other bit of this word comes before those of others.
+        is_full: the next tile is in another word.
     Returns:
         pending.
     """
     group = tl.arange(0, GROUPS)
-    pending |= ((kept >> group) & 1) << (tile % 32)
-    stored = tl.where(is_full, pending, 0)
-    tl.atomic_or(words + group * word_step + tile // 32, stored, mask=stored != 0, sem="relaxed")
-    return pending ^ stored
+    pending = (pending << 1) | ((kept >> group) & 1)
+    if is_full:
+        bits = pending << (tile & 31)
+        tl.atomic_or(words + group * word_step + (tile >> 5), bits, mask=bits != 0, sem="relaxed")
+        pending = pending * 0
+    return pending
 
 
 @triton.jit
