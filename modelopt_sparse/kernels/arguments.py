@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,16 +100,12 @@ def padded(n_thresholds: int) -> int:
     return triton.next_power_of_2(n_thresholds) if n_thresholds else 0
 
 
-def counted_thresholds(
-    skip: SkipSoftmax | SkipSoftmaxDecode | None, device: torch.device
-) -> Tensor | None:
-    """log2 of further thresholds, padded with what skips nothing."""
-    return _log2_padded(skip.count_thresholds, device) if skip and skip.count_thresholds else None
+def counted_thresholds(skip: SkipSoftmax | SkipSoftmaxDecode | None) -> tuple[float, ...] | None:
+    """log2 of further thresholds, padded with what skips nothing.
 
-
-@lru_cache
-def _log2_padded(thresholds: tuple[float, ...], device: torch.device) -> Tensor:
-    # Kept, because building it waits for the device.
-    log2 = [math.log2(value) if value else -math.inf for value in thresholds]
-    padding = [-math.inf] * (padded(len(log2)) - len(log2))
-    return torch.tensor(log2 + padding, dtype=torch.float32, device=device)
+    Numbers, not a tensor: to fill one waits for the device, and to keep one outlives CUDA graphs.
+    """
+    if skip is None or not skip.count_thresholds:
+        return None
+    log2 = [math.log2(value) if value else -math.inf for value in skip.count_thresholds]
+    return (*log2, *[-math.inf] * (padded(len(log2)) - len(log2)))

@@ -37,8 +37,8 @@ from .tiles import SUPER_ROWS, WORD_BITS, slot_count
 from .types import NMSparsity, Phase, TileMap
 
 LOG2_E = 1.4426950408889634
-# A program walks about as many row blocks as make this number of programs for each multiprocessor, but no
-# fewer than LEAST_VISITS.
+# A program walks about as many row blocks as make this number of programs for each multiprocessor. Key tiles
+# that no more than LEAST_VISITS see are not split.
 SHARES = 2
 LEAST_VISITS = 8
 

@@ -103,7 +103,7 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         call.bounds, arguments.window(call.window),
         *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
         call.sinks, call.scale, call.softcap or 0.0,
-        *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip, q.device),
+        *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip),
         results.decode, skip.segment_keys // skip.block_keys if skip else 1,
         words, 0 if words is None else words.shape[2], results.bound, results.dropped,
         C, num_warps=launch.warps, num_stages=launch.stages,

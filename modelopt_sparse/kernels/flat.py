@@ -122,8 +122,9 @@ def _threshold(
         return _NO_NUMBER, None, ()
     value = part.threshold
     if isinstance(value, float) and torch.compiler.is_compiling():
-        # A number would be a constant of the graph, which other numbers would compile again.
-        value = torch.full((), value, dtype=torch.float64, device=device)
+        # A number would be a constant of the graph, which other numbers would compile again. In
+        # torch.full, and whatever else makes a tensor of a number, it stays one.
+        value = torch.ones((), dtype=torch.float64, device=device) * value
     if isinstance(value, Tensor):
         return _NO_NUMBER, value, part.count_thresholds
     return (_NO_NUMBER if value is None else value), None, part.count_thresholds

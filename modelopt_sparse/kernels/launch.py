@@ -30,13 +30,19 @@ class Launch:
     late_values: bool = False
 
 
-def thriftier(launch: Launch, least_m: int = 16, least_n: int = 16) -> Iterator[Launch]:
-    """A launch, and then others that need less and less shared memory, down to blocks of this size."""
+def thriftier(
+    launch: Launch, least_m: int = 16, least_n: int = 16, may_be_late: bool = False
+) -> Iterator[Launch]:
+    """A launch, and then others that need less and less shared memory, down to blocks of this size.
+
+    Args:
+        may_be_late: the kernel can load values late.
+    """
     while True:
         yield launch
         if launch.stages > 1:
             launch = replace(launch, stages=launch.stages - 1)
-        elif not launch.late_values:
+        elif may_be_late and not launch.late_values:
             # Then keys and values don't lie there at the same time.
             launch = replace(launch, late_values=True)
         elif launch.block_m > least_m:

@@ -49,7 +49,7 @@ def _launch(call: Call, results: Results, only_prefill: bool) -> None:
         arguments.grid_bytes(call),
         shared_memory(call.q.device),
     )
-    launches = thriftier(best, *(decision or ()))
+    launches = thriftier(best, *(decision or (16, 16)), may_be_late=True)
     launch_first_that_fits(launches, partial(_launch_as, call, results, only_prefill, decision))
 
 
@@ -101,7 +101,7 @@ def _launch_as(
         *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
         call.sinks, call.scale, call.softcap or 0.0,
         *arguments.shields(nm),
-        *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip, q.device),
+        *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip),
         results.prefill, results.words, 0 if results.words is None else results.words.shape[2],
         *lists, 0 if lists[0] is None else lists[0].shape[2], results.bound, dropped,
         C, num_warps=launch.warps, num_stages=launch.stages,

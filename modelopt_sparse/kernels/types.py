@@ -37,8 +37,11 @@ class Seqs:
     Args:
         q_start, q_len, k_start, k_len: int32 [B], on the device of ``q``.
         max_q, max_k: upper bounds of the lengths, in tokens; host ints.
-        min_q: lower bound of the lengths of rows that aren't 0. From 2 on, nothing is launched for sequences
-            of one row.
+        min_q: lower bound of those q_len that aren't 0; a host int. From 2 on, nothing is launched for
+            sequences of one row.
+
+    Sequences may share keys, but not rows; keys that they share have no gradients. On a GPU nothing of this
+    is checked, and what comes back of lengths outside of the bounds is undefined.
     """
 
     q_start: Tensor

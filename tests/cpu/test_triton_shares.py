@@ -38,7 +38,7 @@ def test_columns_longer_than_their_part_are_split():
     assert all(column == -1 for column, _, _ in slots[16:])
 
 
-def test_no_share_is_shorter_than_the_least():
+def test_columns_of_the_least_length_are_not_split():
     slots, shares_of = split([4, 100, 0, 9, 31], n_programs=16, least=50)
     assert shares_of == [0, 2, 0, 0, 0] and slots[2][0] == -1
 

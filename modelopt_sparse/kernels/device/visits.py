@@ -39,7 +39,7 @@ def block_limits(low, high, is_row, first, last, n_k, window, C: tl.constexpr):
         full_low = tl.max(tl.where(is_row, low, 0), 0)
         return first_key, stop_key, full_low, tl.min(tl.where(is_row, high, _FAR), 0)
     first_key, full_high = limits_of(first, n_k, window, C)
-    full_low, stop_key = limits_of(last, n_k, window, C)
+    full_low, _ = limits_of(last, n_k, window, C)
     stop_key = tl.max(tl.where(is_row, high, 0), 0)
     return first_key, stop_key, full_low, full_high
 

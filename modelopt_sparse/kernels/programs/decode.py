@@ -22,7 +22,7 @@ from modelopt_sparse.kernels.device.scores import (
 from modelopt_sparse.kernels.device.sequence import first_position, row_limits
 from modelopt_sparse.kernels.device.softmax import LOG2_E, finish, rescale
 from modelopt_sparse.kernels.device.visits import block_limits, seen_tiles, tile_limits
-from modelopt_sparse.kernels.stages.skip import count_skipped, vote
+from modelopt_sparse.kernels.stages.skip import count_skipped, vector_of, vote
 
 _FAR = tl.constexpr(2**30)
 
@@ -165,7 +165,7 @@ def decode_kernel(
 ):  # fmt: skip
     """One program: C.BLOCK_M rows of `n_members` query heads of one KV head, and of one sequence.
 
-    Tensors are as for `forward_kernel`, but `words` is int32 [B, Hq, n_words].
+    Tensors are as for `prefill_kernel`, but `words` is int32 [B, Hq, n_words].
 
     Args:
         n_members: query heads of a program: all of a group, or one that votes alone.
@@ -240,7 +240,7 @@ def decode_kernel(
         else:
             threshold = tl.full([C.BLOCK_M], 0.0, tl.float32) + log2_threshold
         if C.THRESHOLDS > 0:
-            counted = tl.load(count_thresholds + tl.arange(0, C.THRESHOLDS))
+            counted = vector_of(count_thresholds, C.THRESHOLDS)
         if C.STORE_TILES:
             head_words = (words + (sequence.to(tl.int64) * n_heads + members) * n_words, is_member)
     skipping = (seed, threshold, counted, segment_tiles)

@@ -96,7 +96,11 @@ def column_lists_kernel(
         )
     n_full = part * 0
     n_edges = part * 0
-    for start in range(0, n_blocks, BLOCKS):
+    first_block = 0
+    if C.CAUSAL and not C.HAS_BOUNDS:
+        # Rows before the first key see none.
+        first_block = tl.maximum(number * 128 - base, 0) // C.BLOCK_M
+    for start in range(first_block, n_blocks, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
         position = base + block[:, None] * C.BLOCK_M + tl.arange(0, C.BLOCK_M)[None, :]
         is_row = (position >= first) & (position < first + n_q)

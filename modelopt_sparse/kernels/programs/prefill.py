@@ -10,7 +10,7 @@ from modelopt_sparse.kernels.device.scores import grid_pointers, load_rows
 from modelopt_sparse.kernels.device.sequence import find_sequence, first_position, row_limits
 from modelopt_sparse.kernels.device.softmax import LOG2_E, finish
 from modelopt_sparse.kernels.device.visits import block_limits, row_tile_limits, tile_limits
-from modelopt_sparse.kernels.stages.skip import row_tile_of_rows
+from modelopt_sparse.kernels.stages.skip import row_tile_of_rows, vector_of
 
 from .attend import attend
 
@@ -117,7 +117,8 @@ def prefill_kernel(
         visit, n_edge, n_full, n_visits = list_limits(
             given[0], n_visits, top, full_top, full_bottom, bottom
         )
-        n_full -= n_edge
+        n_edge = tl.minimum(n_edge, n_visits)
+        n_full = tl.maximum(n_full - n_edge, 0)
     if C.SKIP:
         last, first_tile, least_last, greatest_first = row_tile_limits(
             low, high, top, bottom, start, first_row, last_row, n_k, window, group_of_row, grids, C
@@ -146,7 +147,7 @@ def prefill_kernel(
     counted = 0.0
     below = 0
     if C.THRESHOLDS > 0:
-        counted = tl.load(count_thresholds + tl.arange(0, C.THRESHOLDS))
+        counted = vector_of(count_thresholds, C.THRESHOLDS)
         below = tl.full([C.THRESHOLDS], 0, tl.int32)
 
     first_seen, stop_seen, full_low, full_high = limits

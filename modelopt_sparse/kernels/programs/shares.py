@@ -21,7 +21,7 @@ def shares_kernel(lengths, n_columns, n_programs, least, slots, n_slots, shares_
 
     Args:
         lengths: int32 [n_columns, 2], from `column_lists_kernel`.
-        least: no share has fewer visits, but for the rest that division leaves.
+        least: a column of no more visits is not split.
         slots: int32 [n_slots, 3]: column (-1: not used), number of the share, number of shares. n_slots: at
             least 2 * n_programs, which is more than there can be.
         shares_of: int32 [n_columns]; 0 where a column is not split.
@@ -67,7 +67,7 @@ def add_shares_kernel(
 
     Args:
         k_sums, v_sums: fp32 [n_slots, C.BLOCK_N, C.BLOCK_D or C.BLOCK_DV], those of a column side by side.
-        shares, slots: as for `key_gradient_kernel`.
+        shares, slots: as for `key_gradient_kernel`; slots for C.GIVEN.
         n_heads: of keys.
     """
     PARTS: tl.constexpr = 128 // C.BLOCK_N

@@ -38,6 +38,16 @@ def vote(tile_max, running, threshold, is_row, group):
 
 
 @triton.jit
+def vector_of(numbers, SIZE: tl.constexpr):
+    """A tuple of numbers as a vector: [SIZE] fp32."""
+    vector = tl.full([SIZE], 0.0, tl.float32)
+    place = tl.arange(0, SIZE)
+    for i in tl.static_range(SIZE):
+        vector = tl.where(place == i, numbers[i], vector)
+    return vector
+
+
+@triton.jit
 def count_skipped(tile_max, running, counted, is_row, group, below, GROUPS: tl.constexpr):
     """Adds, for each further threshold, how many row tiles would skip the key tile: [THRESHOLDS]."""
     sees = (is_row & (tile_max != float("-inf"))).to(tl.int32)
@@ -56,7 +66,7 @@ def gather_tiles(pending, words, word_step, tile, kept, is_full, GROUPS: tl.cons
     Args:
         pending: [GROUPS], bits that are not stored yet, the last one lowest.
         words: pointer to the words of the first row tile; those of the next lie `word_step` words on.
-        is_full: the next tile is in another word.
+        is_full: this is the last visit, or the next is of a tile in another word.
     Returns:
         pending.
     """
