@@ -48,7 +48,6 @@ class BackwardVariant(Variant):
     """Compile-time constants of a kernel of the backward pass.
 
     Args:
-        ONLY_DECODE: sequences of more than one row are another kernel's.
         TILE_ROWS, TILE_KEYS: the decision tile; no rows: all rows of a sequence are one tile.
         BITS: weights are masked with the decisions, bit by bit, in place of walking lists.
         BIAS_GRADIENT: the gradients of scores are stored.
@@ -56,7 +55,6 @@ class BackwardVariant(Variant):
         MEMBERS: query heads of a KV head.
     """
 
-    ONLY_DECODE: bool = False
     TILE_ROWS: int = 0
     TILE_KEYS: int = 0
     BITS: bool = False

@@ -54,7 +54,7 @@ def find_sequence(index, q_len, k_len, n_sequences, OF_KEYS: tl.constexpr, CAUSA
 
 @triton.jit
 def is_left_out(n_q, C: tl.constexpr):
-    """Whether a sequence with so many rows is another launch's; C is a variant of the backward pass."""
+    """Whether a sequence with so many rows is another launch's."""
     if C.ONLY_PREFILL:
         return n_q == 1
     if C.ONLY_DECODE:

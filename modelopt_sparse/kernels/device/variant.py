@@ -25,7 +25,7 @@ class Variant:
         LATE_VALUES: values are loaded only when a tile is kept.
         WEIGH_SKIPPED: the exponentials of skipped tiles are summed. EXACT: and join the normaliser.
         THRESHOLDS: how many further thresholds are counted, rounded up to a power of two; 0 is none.
-        ONLY_PREFILL: sequences of one row are another kernel's.
+        ONLY_PREFILL: sequences of one row are another launch's. ONLY_DECODE: all others are.
         PRECISION: of fp32 products: "ieee" or "tf32".
         UPCAST: inputs are computed with in fp32 (Triton's interpreter has no bf16).
     """
@@ -57,6 +57,7 @@ class Variant:
     EXACT: bool = False
     THRESHOLDS: int = 0
     ONLY_PREFILL: bool = False
+    ONLY_DECODE: bool = False
     PRECISION: str = "ieee"
     UPCAST: bool = False
 

@@ -153,6 +153,7 @@ def query_gradient_kernel(
     n_visits = tl.maximum(top - bottom + 1, 0)
     n_full = tl.maximum(full_top - full_bottom + 1, 0)
     n_before = tl.where(n_full > 0, top - full_top, n_visits)
+    # Pointers that a variant has no use for: never read, but Triton wants them to have a type.
     given = (q_len, q_len)
     if C.GIVEN:
         TILES: tl.constexpr = C.TILE_KEYS // C.BLOCK_N
@@ -320,6 +321,7 @@ def key_gradient_kernel(
         (mask_pointer, mask_head, mask_row, mask_key),
         (bias_pointer, bias_head, bias_row, bias_key),
     )
+    # As above: what a variant has no use for.
     decisions = (q_len, 0, 0)
     if C.BITS:
         super_block = first_super_block(sequence, q_len, k_len, n_sequences, C.CAUSAL)

@@ -7,7 +7,12 @@ import triton.language as tl
 
 from modelopt_sparse.kernels.device.run_time import RUN_TIME
 from modelopt_sparse.kernels.device.scores import grid_pointers, load_rows
-from modelopt_sparse.kernels.device.sequence import find_sequence, first_position, row_limits
+from modelopt_sparse.kernels.device.sequence import (
+    find_sequence,
+    first_position,
+    is_left_out,
+    row_limits,
+)
 from modelopt_sparse.kernels.device.softmax import LOG2_E, finish
 from modelopt_sparse.kernels.device.visits import block_limits, row_tile_limits, tile_limits
 from modelopt_sparse.kernels.stages.skip import row_tile_of_rows, vector_of
@@ -56,15 +61,14 @@ def prefill_kernel(
         return
     n_q = tl.load(q_len + sequence)
     n_k = tl.load(k_len + sequence)
-    if C.ONLY_PREFILL:
-        if n_q == 1:
-            return
+    if is_left_out(n_q, C):
+        return
 
     first = first_position(n_q, n_k, C.CAUSAL)
-    position = ((first >> 7) + number) * 128 + (block % PARTS) * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+    start = ((first >> 7) + number) * 128 + (block % PARTS) * C.BLOCK_M
+    position = start + tl.arange(0, C.BLOCK_M)
     is_row = (position >= first) & (position < first + n_q)
     row = tl.load(q_start + sequence) + position - first
-    start = ((first >> 7) + number) * 128 + (block % PARTS) * C.BLOCK_M
     first_row = tl.maximum(start, first)
     last_row = tl.minimum(start + C.BLOCK_M, first + n_q) - 1
     if first_row > last_row:
@@ -107,6 +111,7 @@ def prefill_kernel(
     group_of_row = row_tile_of_rows(C.BLOCK_M, C.GROUPS)
     last = group_of_row
     first_tile = group_of_row
+    # Pointers that a variant has no use for: never read, but Triton wants them to have a type.
     given = (q_len, q_len)
     tile_words = (q_len, 0)
     slot = super_block * PARTS + block % PARTS
