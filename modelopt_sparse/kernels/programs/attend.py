@@ -102,7 +102,7 @@ def attend(
                 skipped_tiles += bit_count(seen_by ^ kept, C.GROUPS)
                 if C.THRESHOLDS > 0:
                     below = count_skipped(
-                        tile_max, running, counted, is_row, group, below, C.GROUPS
+                        tile_max, running, counted, is_row, group, below, C.GROUPS, C.THRESHOLDS
                     )
                 if C.STORE_TILES:
                     # Beyond edges, tiles come one after the other: a word is stored when it is full.

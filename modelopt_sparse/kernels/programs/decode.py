@@ -22,7 +22,7 @@ from modelopt_sparse.kernels.device.scores import (
 from modelopt_sparse.kernels.device.sequence import first_position, row_limits
 from modelopt_sparse.kernels.device.softmax import LOG2_E, finish, rescale
 from modelopt_sparse.kernels.device.visits import block_limits, seen_tiles, tile_limits
-from modelopt_sparse.kernels.stages.skip import count_skipped, vector_of, vote
+from modelopt_sparse.kernels.stages.skip import count_skipped, vote
 
 _FAR = tl.constexpr(2**30)
 
@@ -116,7 +116,9 @@ def attend_decode(q, top, bottom, kv, rows, grids, numbers, skipping, words, C: 
             visible_tiles += seen
             skipped_tiles += seen - kept
             if C.THRESHOLDS > 0:
-                below = count_skipped(tile_max, known, counted, is_row, group, below, 1)
+                below = count_skipped(
+                    tile_max, known, counted, is_row, group, below, 1, C.THRESHOLDS
+                )
             if C.STORE_TILES:
                 word = word | (kept << (tile & 31))
                 if ((tile & 31) == 0) | (tile == bottom):
@@ -227,7 +229,6 @@ def decode_kernel(
     numbers = (n_k, factor, scale_log2, softcap)
     seed = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     threshold = seed
-    counted = 0.0
     members = first_head + tl.arange(0, C.HEADS)
     is_member = tl.arange(0, C.HEADS) < n_members
     head_words = (q_len, is_member)
@@ -239,11 +240,9 @@ def decode_kernel(
             threshold = tl.load(log2_thresholds + place, mask=is_row, other=0.0)
         else:
             threshold = tl.full([C.BLOCK_M], 0.0, tl.float32) + log2_threshold
-        if C.THRESHOLDS > 0:
-            counted = vector_of(count_thresholds, C.THRESHOLDS)
         if C.STORE_TILES:
             head_words = (words + (sequence.to(tl.int64) * n_heads + members) * n_words, is_member)
-    skipping = (seed, threshold, counted, segment_tiles)
+    skipping = (seed, threshold, count_thresholds, segment_tiles)
     acc, total, running, bound, lost, tallies = attend_decode(
         q_tile, top, bottom, kv, rows, grids, numbers, skipping, head_words, C
     )

@@ -15,7 +15,7 @@ from modelopt_sparse.kernels.device.sequence import (
 )
 from modelopt_sparse.kernels.device.softmax import LOG2_E, finish
 from modelopt_sparse.kernels.device.visits import block_limits, row_tile_limits, tile_limits
-from modelopt_sparse.kernels.stages.skip import row_tile_of_rows, vector_of
+from modelopt_sparse.kernels.stages.skip import row_tile_of_rows
 
 from .attend import attend
 
@@ -149,10 +149,8 @@ def prefill_kernel(
         if log2_thresholds is not None:
             by_sequence, by_head = threshold_strides
             log2_threshold = tl.load(log2_thresholds + sequence * by_sequence + head * by_head)
-    counted = 0.0
     below = 0
     if C.THRESHOLDS > 0:
-        counted = vector_of(count_thresholds, C.THRESHOLDS)
         below = tl.full([C.THRESHOLDS], 0, tl.int32)
 
     first_seen, stop_seen, full_low, full_high = limits
@@ -162,7 +160,7 @@ def prefill_kernel(
     v_box = (v_boxes, first_key.to(tl.int32) + kv_head * box_rows, kv_head * v_box_columns)
     kv = (k, v, k_token, v_token, k_box, v_box)
     numbers = (n_k, factor, scale_log2, softcap, (num_sink_tokens, dense_window_size))
-    skipping = (log2_threshold, counted)
+    skipping = (log2_threshold, count_thresholds)
     none = tl.full([C.BLOCK_M], 0.0, tl.float32)
     tally = super_block * 0
     state = (

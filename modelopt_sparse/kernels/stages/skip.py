@@ -38,24 +38,29 @@ def vote(tile_max, running, threshold, is_row, group):
 
 
 @triton.jit
-def vector_of(numbers, SIZE: tl.constexpr):
-    """A tuple of numbers as a vector: [SIZE] fp32."""
-    vector = tl.full([SIZE], 0.0, tl.float32)
-    place = tl.arange(0, SIZE)
-    for i in tl.static_range(SIZE):
-        vector = tl.where(place == i, numbers[i], vector)
-    return vector
+def count_skipped(
+    tile_max, running, counted, is_row, group, below, GROUPS: tl.constexpr, THRESHOLDS: tl.constexpr
+):
+    """Adds, for each further threshold, how many row tiles would skip the key tile.
 
-
-@triton.jit
-def count_skipped(tile_max, running, counted, is_row, group, below, GROUPS: tl.constexpr):
-    """Adds, for each further threshold, how many row tiles would skip the key tile: [THRESHOLDS]."""
-    sees = (is_row & (tile_max != float("-inf"))).to(tl.int32)
-    below_limit = tile_max[:, None] < running[:, None] + counted[None, :]
-    needs = tl.where(below_limit, 0, sees[:, None])  # [BLOCK_M, THRESHOLDS]
+    Args:
+        counted: a tuple, log2 of the thresholds. below: [THRESHOLDS].
+    """
+    # Thresholds whose votes are joined together: a bit of a word each.
+    TOGETHER: tl.constexpr = min(THRESHOLDS, 16)
+    place = tl.arange(0, THRESHOLDS)
     for g in tl.static_range(GROUPS):
-        seen = tl.max(tl.where(group == g, sees, 0), 0)
-        below += seen - tl.max(tl.where((group == g)[:, None], needs, 0), 0)
+        sees = is_row & (tile_max != float("-inf")) & (group == g)
+        below += tl.max(sees.to(tl.int32), 0)
+        for first in tl.static_range(0, THRESHOLDS, TOGETHER):
+            needs = group * 0
+            for i in tl.static_range(TOGETHER):
+                stays = sees & ((tile_max < running + counted[first + i]) == 0)
+                needs |= tl.where(stays, 1 << i, 0)
+            bit = place - first
+            is_here = (bit >= 0) & (bit < TOGETHER)
+            kept = tl.reduce(needs, 0, _either) >> tl.where(is_here, bit, 0)
+            below -= tl.where(is_here, kept & 1, 0)
     return below
 
 
