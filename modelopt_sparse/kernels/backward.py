@@ -270,8 +270,8 @@ class _Launches:
             for dim in (C.BLOCK_D, C.BLOCK_DV)
         ]
         tensors = (q, k, call.v, self.d_out, d_k, d_v)
-        n_own = n_slots + columns if C.GIVEN else columns * shares
-        key_gradient_kernel[(n_own,)](
+        n_launched = n_slots + columns if C.GIVEN else columns * shares
+        key_gradient_kernel[(n_launched,)](
             *tensors[:4], self.row_sums, d_k, d_v, shares, slots, n_slots, shares_of, *sums,
             q_boxes, d_out_boxes, *steps,
             *(arguments.strides(x) for x in tensors),

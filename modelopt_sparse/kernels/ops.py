@@ -154,26 +154,10 @@ def _differentiate(
     d_out = torch.zeros_like(out) if d_out is None else d_out
     wants_bias = ctx.needs_input_grad[4]
     d_q, d_k, d_v, d_sinks, d_bias = attention_backward(
-        *leaves,
-        tensors,
-        ctx.ints,
-        ctx.floats,
-        out,
-        lse,
-        words,
-        decode_words,
-        d_out,
-        d_lse,
-        wants_bias,
-    )
-    return (
-        d_q,
-        d_k,
-        d_v,
-        None if leaves[3] is None else d_sinks,
-        d_bias if wants_bias else None,
-        *none,
-    )
+        *leaves, tensors, ctx.ints, ctx.floats, out, lse, words, decode_words, d_out, d_lse, wants_bias
+    )  # fmt: skip
+    d_sinks = None if leaves[3] is None else d_sinks
+    return d_q, d_k, d_v, d_sinks, d_bias if wants_bias else None, *none
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_remember)
@@ -214,11 +198,9 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     def like(x: Tensor | None) -> Tensor:
-        return (
-            q.new_empty(0)
-            if x is None
-            else torch.empty_like(x, memory_format=torch.contiguous_format)
-        )
+        if x is None:
+            return q.new_empty(0)
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     wants_bias = arguments[-1]
     return like(q), like(k), like(v), like(sinks), like(bias if wants_bias else None)
