@@ -158,6 +158,7 @@ def _is_named(function: object, names: frozenset[str]) -> bool:
     """Whether `function` is the one of transformers with such a qualified name. Can be traced."""
     if not isinstance(function, FunctionType):
         return False
-    # torch before 2.13 can't trace the module of a function. Functions of users come with use_vmap.
+    # torch before 2.13 can't trace the module of a function, nor its own qualified name. Functions of
+    # users come with use_vmap.
     theirs = torch.compiler.is_compiling() or function.__module__ == sdpa_mask.__module__
-    return theirs and function.__qualname__ in names
+    return theirs and function.__code__.co_qualname in names

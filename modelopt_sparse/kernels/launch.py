@@ -95,36 +95,50 @@ def prefill_launch(
     """
     block_d, block_dv = block_dim(dims[0]), block_dim(dims[1])
     widest = max(block_d, block_dv)
-    is_wide = widest > 128 or itemsize > 2
-    block_m, block_n = (64, 64) if is_wide or has_nm else (128, 128)
-    fits = (128 * block_d + 2 * 64 * (block_d + block_dv)) * itemsize <= capacity
-    if widest == 256 and itemsize == 2 and decision is None and not has_nm and fits:
-        # Of 64 rows, each of two warp groups would compute one half of every product.
-        block_m = 128
+
+    def tile_bytes(block_m: int, block_n: int) -> tuple[int, int, int]:
+        """Bytes of the queries, of keys with what is read for their scores, and of values."""
+        bytes_k = block_n * (block_d * itemsize + block_m * grid_bytes)
+        return block_m * block_d * itemsize, bytes_k, block_n * block_dv * itemsize
+
+    def late(block_m: int, block_n: int, most_stages: int, room: int) -> Launch | None:
+        bytes_q, bytes_k, bytes_v = tile_bytes(block_m, block_n)
+        stages = min(most_stages, (room - 1024 - bytes_q - bytes_v) // bytes_k)
+        warps = 4 if block_m <= 64 else 8
+        return Launch(block_m, block_n, warps, stages, late_values=True) if stages > 0 else None
+
+    if decision is not None and itemsize == 2 and not has_nm:
+        if decides:
+            # A vote waits for all warps of a program. With one row tile each, and two programs that share
+            # a multiprocessor, one computes while the other waits: for its vote, or for values it kept.
+            sharing = late(max(64, decision[0]), decision[1], 3, capacity // 2)
+            if sharing is not None and sharing.stages > 1:
+                return sharing
+        if widest > 128:
+            alone = late(_rows_of_tiles(128, decision[0]), decision[1], 2, capacity)
+            if alone is not None:
+                return alone
+
     if itemsize > 2:
         block_m, block_n = 64 if widest <= 128 else 32, 32
+    elif (block_dv > 128 and not has_nm) or (widest <= 128 and has_nm):
+        block_m, block_n = 64, 64
+    else:
+        block_m, block_n = 128, 64 if widest > 128 else 128
     if decision is not None:
-        # A key tile decides as a whole. Row tiles decide apart, so a program may have several, at most 8.
-        block_m, block_n = min(max(block_m, decision[0]), 8 * decision[0]), decision[1]
-    bytes_q = block_m * block_d * itemsize
-    bytes_k, bytes_v = block_n * block_d * itemsize, block_n * block_dv * itemsize
-    bytes_grids = block_m * block_n * grid_bytes
-    if decision is not None and decides and itemsize == 2 and not has_nm:
-        # A vote waits for all warps of a program. With one row tile each, and two programs that share a
-        # multiprocessor, one computes while the other waits: for its vote, or for the values that it kept.
-        rows = max(64, decision[0])
-        late = rows * block_d * itemsize + 2 * (bytes_k + rows * block_n * grid_bytes) + bytes_v
-        if 2 * (late + 1024) <= capacity:
-            return Launch(rows, block_n, 4 if rows == 64 else 8, 2, late_values=True)
-        if widest > 128 and late + 1024 <= capacity:
-            return Launch(rows, block_n, 8, 2, late_values=True)
-    bytes_tile = bytes_k + bytes_v + bytes_grids
-    stages = max(1, min(3, (capacity - bytes_q) // bytes_tile))
-    late_values = bytes_q + bytes_tile > capacity
-    warps = 8 if block_m * max(block_n, widest) >= 128 * 128 else 4
+        block_m, block_n = _rows_of_tiles(block_m, decision[0]), decision[1]
+    bytes_q, bytes_k, bytes_v = tile_bytes(block_m, block_n)
+    stages = max(1, min(3, (capacity - bytes_q) // (bytes_k + bytes_v)))
+    late_values = bytes_q + bytes_k + bytes_v > capacity
+    warps = 8 if block_m >= 128 and block_m * widest >= 128 * 128 else 4
     if itemsize > 2:
         warps = _exact_warps(block_m, block_n, widest)
     return Launch(block_m, block_n, warps, stages, late_values)
+
+
+def _rows_of_tiles(rows: int, decision_rows: int) -> int:
+    """About so many rows for a program: row tiles decide apart, so it may have several, at most 8."""
+    return min(max(rows, decision_rows), 8 * decision_rows)
 
 
 def _exact_warps(block_m: int, block_n: int, dim: int) -> int:
@@ -178,10 +192,12 @@ def backward_launch(
     """
     per_row = (block_dim(dims[0]) + block_dim(dims[1])) * itemsize
     widest = max(map(block_dim, dims))
-    if itemsize == 2 and widest <= 128:
+    if itemsize == 2 and widest <= 64:
+        queries, keys = (64, 64, 4), (128, 64, 8) if has_nm else (64, 64, 4)
+    elif itemsize == 2 and widest <= 128:
         queries, keys = (128, 64, 8), (128, 64, 8) if has_nm else (64, 128, 8)
     elif itemsize == 2 and widest <= 256:
-        queries, keys = (64, 32, 8), (64, 32, 8) if has_nm else (32, 64, 8)
+        queries, keys = (64, 32, 4), (64, 32, 8) if has_nm else (32, 64, 8)
     else:
         size = 64 if widest <= 32 else 32
         queries, keys = (size, size, 8), (size, size, 8)

@@ -103,6 +103,14 @@ def test_given_tiles_under_a_window_have_edges_on_both_sides(window):
     assert_same(actual, reference(inputs, plan, {"window": window}), inputs, {})
 
 
+def test_given_tiles_that_no_row_sees_are_left_out_where_all_that_is_seen_is_shielded():
+    inputs = topical([140], [300], heads=2, kv_heads=1, strength=9.0, dtype=torch.float16)
+    plan = Plan(NMSparsity(2, 4, 0, 200), tiles=random_map(inputs, 16, 16, share=0.8))
+    actual = attention_triton(*inputs.qkv, plan=plan, window=60)
+    assert_same(actual, reference(inputs, plan, {"window": 60}), inputs, {})
+    check_gradients(inputs, plan, window=60)
+
+
 @pytest.mark.parametrize("phase", Phase)
 def test_a_sink_above_all_scores_scales_what_skipped_tiles_add(phase):
     inputs = levels([0.0, -2.0, -2.0, 0.0], 3)

@@ -58,7 +58,7 @@ def test_there_are_always_slots_enough(n_programs):
 def sums(monkeypatch):
     """Of a GPU with many processors, the shares of the columns that are added up in each launch."""
     seen, kernel = [], backward.add_shares_kernel
-    monkeypatch.setattr(backward, "processors", lambda device: 20)
+    monkeypatch.setattr(backward, "processors", lambda device: 40)
     monkeypatch.setattr(backward, "LEAST_VISITS", 1)
 
     class Spy:

@@ -15,6 +15,7 @@ from modelopt_sparse.kernels import (
     SkipSoftmaxDecode,
     attention_triton,
 )
+from modelopt_sparse.kernels.arguments import counted_thresholds
 from tests.inputs import EXACT_SCALE, check, features, integers, needs_interpreter, topical
 from tests.inputs import check_skips as check_skips_of
 
@@ -101,6 +102,13 @@ def test_thresholds_that_are_only_counted_leave_the_dense_output(plan):
         wanted = alone.prefill if plan is prefill else alone.decode
         assert row.tolist() == wanted.skipped[1].tolist()
     assert counts.skipped.sum() > 0
+
+
+def test_further_thresholds_are_numbers_and_not_a_tensor_that_a_graph_would_outlive():
+    skip = SkipSoftmax(0.1, count_thresholds=(0.5, 0.25, 0.0))
+    assert counted_thresholds(skip) == (-1.0, -2.0, -math.inf, -math.inf)
+    assert counted_thresholds(SkipSoftmax(0.1)) is None
+    assert counted_thresholds(None) is None
 
 
 LAMBDAS = {

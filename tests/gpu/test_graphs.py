@@ -84,6 +84,29 @@ def test_a_captured_graph_sees_new_lengths_thresholds_and_values(name):
             assert_same_bits(results(output), results(run(setup, details=True)), change)
 
 
+@pytest.mark.parametrize("name", ["skip", "decode"])
+def test_a_captured_graph_counts_under_thresholds_that_were_never_used_before(name):
+    setup = kind(name)
+    seen = counting(setup, (0.5, 0.01))
+    with torch.no_grad():
+        run(seen)  # compiles
+        for number in range(2):
+            setup = counting(setup, (0.7 - number / 10, 0.02))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = run(setup)
+            # What a capture allocates is the graph's: memory that was freed since must not be read.
+            torch.empty(2**20, device=DEVICE).fill_(float("nan"))
+            graph.replay()
+            assert_same_bits(results(output), results(run(setup)))
+
+
+def counting(setup, thresholds):
+    field = "skip" if setup.plan.skip is not None else "skip_decode"
+    skip = replace(getattr(setup.plan, field), count_thresholds=thresholds)
+    return replace(setup, plan=replace(setup.plan, **{field: skip}))
+
+
 def setup_skips(name: str) -> bool:
     return KINDS[name].skip != "none" or KINDS[name].skip_decode != "none"
 

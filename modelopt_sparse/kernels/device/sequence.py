@@ -1,4 +1,4 @@
-"""Where a program's rows lie: its sequence, their positions, and the keys that each row sees."""
+"""Which rows are a program's: its head, its sequence, their positions, and the keys that each row sees."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import triton.language as tl
 
 # Sequences that a program looks at together when it searches for its own.
 _SEARCH = tl.constexpr(32)
+
+# Heads that run at the same time, so that their keys stay in the cache.
+_HEADS_TOGETHER = tl.constexpr(8)
+
+
+@triton.jit
+def program_place(pid, n_blocks, n_heads):
+    """Head and row block of a program: the last rows, which see most, come first."""
+    of_heads = _HEADS_TOGETHER * n_blocks
+    first_head = pid // of_heads * _HEADS_TOGETHER
+    n_here = tl.minimum(n_heads - first_head, _HEADS_TOGETHER)
+    place = pid % of_heads
+    return first_head + place % n_here, n_blocks - 1 - place // n_here
 
 
 @triton.jit

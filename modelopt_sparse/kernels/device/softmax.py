@@ -22,6 +22,18 @@ def rescale(running, tile_max):
 
 
 @triton.jit
+def bound_of(raw_max, factor, running, N_KEYS: tl.constexpr):
+    """A bound on the exponentials of a tile, by the largest score of each row; 0 where a row sees no key.
+
+    Args:
+        raw_max, running: [BLOCK_M]; raw_max * factor is the largest score, as log2.
+    """
+    # Said outright, for a product and a difference may be fused or not: the same bits in every launch.
+    gap = tl.fma(raw_max, factor, -running)
+    return tl.where(raw_max == float("-inf"), 0.0, N_KEYS * tl.exp2(gap))
+
+
+@triton.jit
 def finish(acc, total, running, lost, sink, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr):
     """Divides by the normaliser.
 

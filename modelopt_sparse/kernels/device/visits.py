@@ -159,3 +159,29 @@ def takes_part(visit, tile, order, last, first):
     between = (visit >= n_last + n_first) & (tile < last) & (tile > first)
     # Triton 3.9's interpreter makes an int of a scalar truth and a block of them.
     return (is_last | is_first | between) != 0
+
+
+@triton.jit
+def list_limits(tiles, length, top, full_top, full_bottom, bottom):
+    """Where a descending list enters the visible tiles, the full ones, leaves those, and leaves all."""
+    start = length * 0
+    full_start = length * 0
+    full_stop = length * 0
+    stop = length * 0
+    for first in range(0, length, 256):
+        at = first + tl.arange(0, 256)
+        tile = tl.load(tiles + at, mask=at < length, other=-1).to(tl.int32)
+        # Four counts of at most 256 in one sum, for each sum waits for all warps.
+        counts = (tile > top).to(tl.int64)
+        counts += (tile > full_top).to(tl.int64) << 10
+        counts += (tile >= full_bottom).to(tl.int64) << 20
+        counts += (tile >= bottom).to(tl.int64) << 30
+        counts = tl.sum(counts, 0)
+        start += (counts & 1023).to(tl.int32)
+        full_start += (counts >> 10 & 1023).to(tl.int32)
+        full_stop += (counts >> 20 & 1023).to(tl.int32)
+        stop += (counts >> 30).to(tl.int32)
+    # What is full may lie beyond what is visible where N:M shields, and then there is none.
+    full_start = tl.minimum(full_start, stop)
+    full_stop = tl.minimum(tl.maximum(full_stop, full_start), stop)
+    return start, full_start, full_stop, stop

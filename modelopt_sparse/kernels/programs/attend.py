@@ -12,7 +12,7 @@ from modelopt_sparse.kernels.device.scores import (
     transform,
     visible,
 )
-from modelopt_sparse.kernels.device.softmax import rescale
+from modelopt_sparse.kernels.device.softmax import bound_of, rescale
 from modelopt_sparse.kernels.device.visits import ordered_tile, takes_part
 from modelopt_sparse.kernels.stages.nm import nm_select, nm_shielded
 from modelopt_sparse.kernels.stages.skip import bit_count, count_skipped, gather_tiles, vote
@@ -90,7 +90,8 @@ def attend(
                 if IS_EDGE:
                     chosen = tl.where(nm_shielded(position, keys, nm[0], nm[1]), scores, chosen)
                 scores = chosen
-            tile_max = tl.max(scores, 1) * factor
+            raw_max = tl.max(scores, 1)
+            tile_max = raw_max * factor
 
             SELECTS: tl.constexpr = C.GROUPS > 1 and (C.SKIP or C.GIVEN)
             stays = takes_rows
@@ -116,15 +117,14 @@ def attend(
 
             if C.WEIGH_SKIPPED or any_kept:
                 if SELECTS and not C.WEIGH_SKIPPED:
-                    most = tile_max
                     tile_max = tl.where(stays, tile_max, float("-inf"))
                 new, pivot, alpha = rescale(running, tile_max)
-                if C.SKIP and (C.GROUPS > 1 or C.WEIGH_SKIPPED):
-                    if C.WEIGH_SKIPPED:
-                        most = tile_max
-                    bound += tl.where(
-                        stays | (most == float("-inf")), 0.0, C.BLOCK_N * tl.exp2(most - running)
-                    )
+                if C.SKIP:
+                    # Where a row's tile is skipped, alpha is 1.
+                    added = alpha * 0
+                    if C.GROUPS > 1 or C.WEIGH_SKIPPED:
+                        added = tl.where(stays, 0.0, bound_of(raw_max, factor, running, C.BLOCK_N))
+                    bound = tl.fma(bound, alpha, added)
                 if SELECTS and not C.WEIGH_SKIPPED:
                     # Exponentials of rows whose tile is skipped are 0.
                     pivot = tl.where(stays, pivot, float("inf"))
@@ -137,17 +137,11 @@ def attend(
                     )
                 if C.WEIGH_SKIPPED:
                     p = tl.where(stays[:, None], p, 0.0)
-                    lost = lost * alpha + tl.where(stays, 0.0, tile_sum)
+                    lost = tl.fma(lost, alpha, tl.where(stays, 0.0, tile_sum))
                     tile_sum = tl.where(stays, tile_sum, 0.0)
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=C.PRECISION)
-                total = total * alpha + tile_sum
-                if C.SKIP:
-                    bound *= alpha
+                total = tl.fma(total, alpha, tile_sum)
                 running = new
             elif C.SKIP:
-                # A bound on what a skipped tile holds, by its largest score; -inf minus -inf where a
-                # row sees nothing.
-                bound += tl.where(
-                    tile_max == float("-inf"), 0.0, C.BLOCK_N * tl.exp2(tile_max - running)
-                )
+                bound += bound_of(raw_max, factor, running, C.BLOCK_N)
     return acc, total, running, bound, lost, (visible_tiles, skipped_tiles, below, pending)

@@ -18,14 +18,14 @@ from modelopt_sparse.kernels.device.sequence import (
     first_position,
     first_super_block,
     is_left_out,
+    program_place,
     row_limits,
 )
 from modelopt_sparse.kernels.device.softmax import LOG2_E
-from modelopt_sparse.kernels.device.visits import block_limits, tile_limits
+from modelopt_sparse.kernels.device.visits import block_limits, list_limits, tile_limits
 from modelopt_sparse.kernels.stages.skip import row_tile_of_rows
 
 from .gradients import key_gradients, query_gradients
-from .prefill import list_limits, program_place
 from .shares import slot_pointers, store_keys, visits_of_share
 
 

@@ -11,26 +11,19 @@ from modelopt_sparse.kernels.device.sequence import (
     find_sequence,
     first_position,
     is_left_out,
+    program_place,
     row_limits,
 )
 from modelopt_sparse.kernels.device.softmax import LOG2_E, finish
-from modelopt_sparse.kernels.device.visits import block_limits, row_tile_limits, tile_limits
+from modelopt_sparse.kernels.device.visits import (
+    block_limits,
+    list_limits,
+    row_tile_limits,
+    tile_limits,
+)
 from modelopt_sparse.kernels.stages.skip import row_tile_of_rows
 
 from .attend import attend
-
-# Heads that run at the same time, so that their keys stay in the cache.
-HEADS_TOGETHER = tl.constexpr(8)
-
-
-@triton.jit
-def program_place(pid, n_blocks, n_heads):
-    """Head and row block of a program: the last rows, which see most, come first."""
-    of_heads = HEADS_TOGETHER * n_blocks
-    first_head = pid // of_heads * HEADS_TOGETHER
-    n_here = tl.minimum(n_heads - first_head, HEADS_TOGETHER)
-    place = pid % of_heads
-    return first_head + place % n_here, n_blocks - 1 - place // n_here
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -119,11 +112,10 @@ def prefill_kernel(
         place = slot.to(tl.int64) * n_heads + head
         given = (lists + place * list_stride, tags + place * list_stride)
         n_visits = tl.load(list_lengths + place)
-        visit, n_edge, n_full, n_visits = list_limits(
+        visit, n_edge, full_stop, n_visits = list_limits(
             given[0], n_visits, top, full_top, full_bottom, bottom
         )
-        n_edge = tl.minimum(n_edge, n_visits)
-        n_full = tl.maximum(n_full - n_edge, 0)
+        n_full = full_stop - n_edge
     if C.SKIP:
         last, first_tile, least_last, greatest_first = row_tile_limits(
             low, high, top, bottom, start, first_row, last_row, n_k, window, group_of_row, grids, C
@@ -219,27 +211,3 @@ def prefill_kernel(
             tl.store(
                 dropped + entry, tl.where(lost > 0, lost / (kept_sum + lost), 0.0), mask=is_row
             )
-
-
-@triton.jit
-def list_limits(tiles, length, top, full_top, full_bottom, bottom):
-    """Where a descending list enters the visible tiles, the full ones, leaves those, and leaves all."""
-    start = length * 0
-    full_start = length * 0
-    full_stop = length * 0
-    stop = length * 0
-    for first in range(0, length, 256):
-        at = first + tl.arange(0, 256)
-        tile = tl.load(tiles + at, mask=at < length, other=-1).to(tl.int32)
-        # Four counts of at most 256 in one sum, for each sum waits for all warps.
-        counts = (tile > top).to(tl.int64)
-        counts += (tile > full_top).to(tl.int64) << 10
-        counts += (tile >= full_bottom).to(tl.int64) << 20
-        counts += (tile >= bottom).to(tl.int64) << 30
-        counts = tl.sum(counts, 0)
-        start += (counts & 1023).to(tl.int32)
-        full_start += (counts >> 10 & 1023).to(tl.int32)
-        full_stop += (counts >> 20 & 1023).to(tl.int32)
-        stop += (counts >> 30).to(tl.int32)
-    full_stop = tl.maximum(full_stop, full_start)
-    return start, full_start, full_stop, stop
