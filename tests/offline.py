@@ -117,6 +117,7 @@ COUNTED = (0.01, 0.1, 0.5)
 TWO, FOUR = NMSparsity(2, 4), NMSparsity(4, 8)
 FP32 = torch.float32
 DRAFT = {"seqs": ((4, 1), (300, 200)), "phase": Phase.DECODE}
+LONG = {"seqs": ((1, 1), (9000, 200)), "trains": False}
 
 CASES = {
     "dense": lambda: attend(),
@@ -148,6 +149,9 @@ CASES = {
     "grids+exact": lambda: attend(skip(exact_normalizer=True), phase=Phase.PREFILL, **grids()),
     "speculative": lambda: attend(**DRAFT),
     "speculative skip": lambda: attend(Plan(skip_decode=SkipSoftmaxDecode(0.1)), **DRAFT),
+    "splits": lambda: attend(**LONG),
+    "splits skip": lambda: attend(skip(), heads=(8, 2), **LONG),
+    "splits skip per head": lambda: attend(skip(per_head=True), details=True, **LONG),
     "dim 64": lambda: attend(dims=(64, 64)),
     "dim 64 skip": lambda: attend(skip(), dims=(64, 64)),
     "dim 80": lambda: attend(dims=(80, 80)),

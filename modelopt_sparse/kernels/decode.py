@@ -1,10 +1,12 @@
-"""Launches of the decode kernel."""
+"""Launches of the decode kernel: seeds, splits, and their sum."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 import triton
 
 from modelopt_sparse.errors import UnsupportedCall, describe
@@ -15,12 +17,15 @@ from .device.variant import Variant
 from .launch import Launch, decode_launch, shared_memory, thriftier
 from .launching import launch_first_that_fits
 from .programs.decode import decode_kernel
+from .programs.merge import merge_kernel
 from .results import Results, scratch
-from .types import Phase
+from .types import Phase, SkipSoftmaxDecode
 
 # Rows of a sequence that decode together in one program, and rows of all its heads, at most.
 MOST_ROWS_OF_A_SEQUENCE = 16
 MOST_ROWS = 256
+DENSE_SPLIT_KEYS = 512
+"""Keys of a split where nothing is skipped: few, to fill a GPU, yet many beside what its sums take."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,26 @@ class DecodeVariant(Variant):
     Args:
         HEADS: query heads of a program, rounded up to a power of two.
         ALL_DECODE: sequences of more than one row decode too.
+        ONLY_SEEDS: nothing is computed but where the running max of each row begins.
+        IS_SPLIT: sums are stored for `merge_kernel`; else there is one split, and its sums are all.
     """
 
     HEADS: int = 1
     ALL_DECODE: bool = False
+    ONLY_SEEDS: bool = False
+    IS_SPLIT: bool = False
+
+
+@dataclass(frozen=True)
+class MergeVariant:
+    """Compile-time constants of the merge kernel, as in `DecodeVariant`."""
+
+    HEAD_DIM_V: int
+    BLOCK_DV: int
+    HAS_SINKS: bool
+    SKIP: bool
+    EXACT: bool
+    ALL_DECODE: bool
 
 
 def launch_decode(call: Call, results: Results) -> None:
@@ -81,6 +102,16 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
     heads, batch = q.shape[1], seqs.q_len.shape[0]
     exact = skip is not None and skip.exact_normalizer
     words = None if skip is None else results.decode_words
+    keys_of_split = split_keys(skip)
+    splits = max(1, triton.cdiv(seqs.max_k, keys_of_split))
+    entries = batch * max_q * heads
+    seeds = sums = out_of_splits = None
+    if skip is not None:
+        seeds = torch.empty((batch, max_q, heads), dtype=torch.float32, device=q.device)
+    if splits > 1:
+        sums = torch.empty((splits, entries, 4), dtype=torch.float32, device=q.device)
+        shape = (splits, entries, v.shape[-1])
+        out_of_splits = torch.empty(shape, dtype=torch.float32, device=q.device)
     C = DecodeVariant(
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
@@ -93,18 +124,43 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         THRESHOLDS=arguments.padded(len(skip.count_thresholds)) if skip else 0,
         HEADS=triton.next_power_of_2(members),
         ALL_DECODE=call.phase is Phase.DECODE,
+        IS_SPLIT=splits > 1,
         **arguments.features(call),
     )
     blocks = triton.cdiv(members * max_q, C.BLOCK_M)
-    decode_kernel[(batch * (heads // members) * blocks,)](
-        q, k, v, results.out, results.lse,
-        *(arguments.strides(x) for x in (q, k, v, results.out)),
-        *arguments.sequences(seqs)[:4], heads, heads // k.shape[1], members, blocks, max_q,
-        call.bounds, arguments.window(call.window),
-        *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
-        call.sinks, call.scale, call.softcap or 0.0,
-        *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip),
-        results.decode, skip.segment_keys // skip.block_keys if skip else 1,
-        words, 0 if words is None else words.shape[2], results.bound, results.dropped,
-        C, num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+
+    def run(C: DecodeVariant, splits: int) -> None:
+        decode_kernel[(batch * (heads // members) * splits * blocks,)](
+            q, k, v, results.out, results.lse, seeds, sums, out_of_splits,
+            *(arguments.strides(x) for x in (q, k, v, results.out)),
+            *arguments.sequences(seqs)[:4], heads, heads // k.shape[1], members, blocks, max_q, splits,
+            keys_of_split // C.BLOCK_N, entries,
+            call.bounds, arguments.window(call.window),
+            *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
+            call.sinks, call.scale, call.softcap or 0.0,
+            *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip),
+            results.decode, skip.segment_keys // skip.block_keys if skip else 1,
+            words, 0 if words is None else words.shape[2], results.bound, results.dropped,
+            C, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+
+    if skip is not None:
+        run(replace(C, ONLY_SEEDS=True, STORE_TILES=False, THRESHOLDS=0, IS_SPLIT=False), 1)
+    run(C, splits)
+    if splits > 1:
+        merged = MergeVariant(C.HEAD_DIM_V, C.BLOCK_DV, C.HAS_SINKS, C.SKIP, C.EXACT, C.ALL_DECODE)
+        merge_kernel[(entries,)](
+            sums, out_of_splits, results.out, results.lse, arguments.strides(results.out),
+            seqs.q_start, seqs.q_len, seqs.k_len, entries, heads, max_q, keys_of_split, call.sinks,
+            results.bound, results.dropped, merged, num_warps=4,
+        )  # fmt: skip
+
+
+def split_keys(skip: SkipSoftmaxDecode | None) -> int:
+    """Keys of a split: one program's, so that bits depend on nothing but the sequence itself.
+
+    Where tiles are skipped, whole segments, for each begins anew, and whole words of decisions.
+    """
+    if skip is None:
+        return DENSE_SPLIT_KEYS
+    return skip.block_keys * math.lcm(skip.segment_keys // skip.block_keys, 32)

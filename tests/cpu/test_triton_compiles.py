@@ -17,12 +17,13 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the kernels
 
 # A few that differ in most: seconds for each.
 FEW = [
-    ("sm_90", ["dense", "skip", "4:8+given"]),
+    ("sm_90", ["dense", "skip", "4:8+given", "splits skip"]),
     ("sm_80", ["grids+exact"]),
     ("gfx942", ["skip"]),
 ]
 KINDS = [
-    "dense", "skip", "2:4+skip", "given", "grids+skip", "exact", "bounds+skip", "dim 64", "dim 256", "fp32",
+    "dense", "skip", "2:4+skip", "given", "grids+skip", "exact", "bounds+skip", "splits skip", "dim 64",
+    "dim 256", "fp32",
 ]  # fmt: skip
 # Default decision tiles are too large for sm_120 where heads are wide, or in fp32: such calls say so.
 MANY = [("sm_90", []), ("sm_80", KINDS), ("sm_100", KINDS), ("sm_120", KINDS), ("gfx942", KINDS)]

@@ -6,7 +6,8 @@ from __future__ import annotations
 # That from key to key is always 1, and is not here: unless it is known, Triton 3.6 fails to compile some.
 RUN_TIME = [
     "n_sequences", "n_super_blocks", "n_heads", "group", "n_rows", "n_tokens", "n_members", "n_blocks",
-    "max_q", "window", "num_sink_tokens", "dense_window_size", "segment_tiles", "log2_threshold",
+    "max_q", "n_splits", "split_tiles", "split_keys", "n_entries", "window",
+    "num_sink_tokens", "dense_window_size", "segment_tiles", "log2_threshold",
     "n_words", "list_stride", "slots", "n_slots", "shares_of", "least",
     "shares", "n_columns", "n_programs",
     "box_rows", "box_columns", "v_box_columns", "d_out_box_columns",

@@ -1,7 +1,8 @@
 """The decode kernel: a program attends for the rows of a sequence, in heads that share a KV head.
 
-All its rows vote together, over segments of key tiles that begin from the same seed. Source: BLASST
-(arXiv 2512.12087).
+It visits the key tiles of one split; the sums of all splits are added up by `merge_kernel`. All its rows
+vote together, over segments of key tiles that begin from the same seed. Source: BLASST (arXiv 2512.12087);
+splits: Flash-Decoding.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from modelopt_sparse.kernels.device.scores import (
     visible,
 )
 from modelopt_sparse.kernels.device.sequence import first_position, row_limits
-from modelopt_sparse.kernels.device.softmax import LOG2_E, finish, rescale
+from modelopt_sparse.kernels.device.softmax import LOG2_E, rescale
 from modelopt_sparse.kernels.device.visits import block_limits, seen_tiles, tile_limits
 from modelopt_sparse.kernels.stages.skip import count_skipped, vote
+
+from .merge import store_finished
 
 _FAR = tl.constexpr(2**30)
 
@@ -145,18 +148,12 @@ def attend_decode(q, top, bottom, kv, rows, grids, numbers, skipping, words, C: 
     return acc, total, running, bound, lost, (visible_tiles, skipped_tiles, below)
 
 
-@triton.jit
-def share(part, rest):
-    """The share of `part` in the whole, 0 where there is nothing."""
-    whole = part + rest
-    return part / tl.where(whole == 0, 1.0, whole)
-
-
 @triton.jit(do_not_specialize=RUN_TIME)
 def decode_kernel(
-    q, k, v, out, lse,
+    q, k, v, out, lse, seeds, split_sums, split_out,
     q_strides, k_strides, v_strides, out_strides,
-    q_start, q_len, k_start, k_len, n_heads, group, n_members, n_blocks, max_q,
+    q_start, q_len, k_start, k_len, n_heads, group, n_members, n_blocks, max_q, n_splits, split_tiles,
+    n_entries,
     bounds, window,
     mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
     bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
@@ -165,18 +162,25 @@ def decode_kernel(
     words, n_words, dropped_bound, dropped,
     C: tl.constexpr,
 ):  # fmt: skip
-    """One program: C.BLOCK_M rows of `n_members` query heads of one KV head, and of one sequence.
+    """One program: C.BLOCK_M rows of `n_members` query heads of one KV head of a sequence, and one split.
 
     Tensors are as for `prefill_kernel`, but `words` is int32 [B, Hq, n_words].
 
     Args:
+        seeds: fp32 [B, max_q, Hq], where the running max of each row begins; written by a launch of its
+            own, C.ONLY_SEEDS.
+        split_sums, split_out: see `merge_kernel`; for C.IS_SPLIT.
         n_members: query heads of a program: all of a group, or one that votes alone.
         n_blocks: programs that share the rows of these heads; 1 where tiles are skipped.
         max_q: rows of a sequence at most.
+        split_tiles: key tiles of a split. Segments and words of decisions end where splits do.
+        n_entries: see `merge_kernel`.
     """
     pid = tl.program_id(0)
     block = pid % n_blocks
     pid = pid // n_blocks
+    split = pid % n_splits
+    pid = pid // n_splits
     n_units = n_heads // n_members
     first_head = pid % n_units * n_members
     sequence = pid // n_units
@@ -187,6 +191,10 @@ def decode_kernel(
     elif n_q != 1:
         return
     n_k = tl.load(k_len + sequence)
+    first_tile = split * split_tiles
+    if split > 0:
+        if first_tile * C.BLOCK_N >= n_k:
+            return
 
     # Rows of one head lie together.
     place = block * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
@@ -227,57 +235,70 @@ def decode_kernel(
     kv = (k, v, k_token, v_token, None, None)
     rows = (low, high, is_row, first_key, stop_key, full_low > full_high)
     numbers = (n_k, factor, scale_log2, softcap)
-    seed = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
-    threshold = seed
-    members = first_head + tl.arange(0, C.HEADS)
-    is_member = tl.arange(0, C.HEADS) < n_members
-    head_words = (q_len, is_member)
-    if C.SKIP:
+    entry_of_split = (sequence.to(tl.int64) * max_q + index) * n_heads + head
+    if C.ONLY_SEEDS:
         seed = seed_of_rows(q_tile, top, bottom, kv, rows, grids, numbers, C)
-        if log2_thresholds is not None:
-            by_sequence, by_head = threshold_strides
-            place = sequence * by_sequence + head * by_head
-            threshold = tl.load(log2_thresholds + place, mask=is_row, other=0.0)
+        tl.store(seeds + entry_of_split, seed, mask=is_row)
+    else:
+        seed = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
+        threshold = seed
+        members = first_head + tl.arange(0, C.HEADS)
+        is_member = tl.arange(0, C.HEADS) < n_members
+        head_words = (q_len, is_member)
+        if C.SKIP:
+            seed = tl.load(seeds + entry_of_split, mask=is_row, other=float("-inf"))
+            if log2_thresholds is not None:
+                by_sequence, by_head = threshold_strides
+                of_row = sequence * by_sequence + head * by_head
+                threshold = tl.load(log2_thresholds + of_row, mask=is_row, other=0.0)
+            else:
+                threshold = tl.full([C.BLOCK_M], 0.0, tl.float32) + log2_threshold
+            if C.STORE_TILES:
+                of_head = words + (sequence.to(tl.int64) * n_heads + members) * n_words
+                head_words = (of_head, is_member)
+        skipping = (seed, threshold, count_thresholds, segment_tiles)
+        bottom = tl.maximum(bottom, first_tile)
+        top = tl.minimum(top, first_tile + split_tiles - 1)
+        acc, total, running, bound, lost, tallies = attend_decode(
+            q_tile, top, bottom, kv, rows, grids, numbers, skipping, head_words, C
+        )
+        if C.IS_SPLIT:
+            part = split.to(tl.int64) * n_entries + entry_of_split
+            sums = split_sums + part * 4
+            tl.store(sums, running, mask=is_row)
+            tl.store(sums + 1, total, mask=is_row)
+            if C.SKIP:
+                tl.store(sums + 2, bound, mask=is_row)
+                tl.store(sums + 3, lost, mask=is_row)
+            channel = tl.arange(0, C.BLOCK_DV)
+            pointers = split_out + part[:, None] * C.HEAD_DIM_V + channel[None, :]
+            # Nobody reads what is 0.
+            tl.store(
+                pointers,
+                acc,
+                mask=(is_row & (total != 0.0))[:, None] & (channel < C.HEAD_DIM_V)[None, :],
+            )
         else:
-            threshold = tl.full([C.BLOCK_M], 0.0, tl.float32) + log2_threshold
-        if C.STORE_TILES:
-            head_words = (words + (sequence.to(tl.int64) * n_heads + members) * n_words, is_member)
-    skipping = (seed, threshold, count_thresholds, segment_tiles)
-    acc, total, running, bound, lost, tallies = attend_decode(
-        q_tile, top, bottom, kv, rows, grids, numbers, skipping, head_words, C
-    )
-
-    sink = 0.0
-    if C.HAS_SINKS:
-        sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
-    values, row_lse, kept_sum, rescaled = finish(
-        acc, total, running, lost, sink, C.HAS_SINKS, C.EXACT
-    )
-    out_token, out_head = out_strides
-    channel = tl.arange(0, C.BLOCK_DV)
-    pointers = out + each_head * out_head + row.to(tl.int64)[:, None] * out_token + channel[None, :]
-    tl.store(
-        pointers,
-        values.to(out.dtype.element_ty),
-        mask=is_row[:, None] & (channel < C.HEAD_DIM_V)[None, :],
-    )
-    entry = row.to(tl.int64) * n_heads + head
-    tl.store(lse + entry, row_lse, mask=is_row)
-    if C.SKIP:
-        visible_tiles, skipped_tiles, below = tallies
-        # Heads that vote together have the same tiles.
-        zeros = tl.full([C.HEADS], 0, tl.int64)
-        if counts is not None:
-            of_head = counts + members
-            tl.atomic_add(of_head, zeros + visible_tiles, mask=is_member, sem="relaxed")
-            tl.atomic_add(of_head + n_heads, zeros + skipped_tiles, mask=is_member, sem="relaxed")
-        if C.THRESHOLDS > 0:
-            further_one = tl.arange(0, C.THRESHOLDS)[None, :]
-            further = counts + (2 + further_one) * n_heads + members[:, None]
-            # A mask of the full shape: Triton's interpreter misreads one that is broadcast.
-            exists = is_member[:, None] & (further_one >= 0)
-            tl.atomic_add(further, zeros[:, None] + below[None, :], mask=exists, sem="relaxed")
-        if dropped_bound is not None:
-            tl.store(dropped_bound + entry, share(bound * rescaled, kept_sum), mask=is_row)
-        if dropped is not None:
-            tl.store(dropped + entry, share(lost * rescaled, kept_sum), mask=is_row)
+            sink = 0.0
+            if C.HAS_SINKS:
+                sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+            store_finished(
+                acc, total, running, bound, lost, sink, row, head, is_row, n_heads,
+                out, out_strides, lse, dropped_bound, dropped, C,
+            )  # fmt: skip
+        if C.SKIP:
+            visible_tiles, skipped_tiles, below = tallies
+            # Heads that vote together have the same tiles.
+            zeros = tl.full([C.HEADS], 0, tl.int64)
+            if counts is not None:
+                of_head = counts + members
+                tl.atomic_add(of_head, zeros + visible_tiles, mask=is_member, sem="relaxed")
+                tl.atomic_add(
+                    of_head + n_heads, zeros + skipped_tiles, mask=is_member, sem="relaxed"
+                )
+            if C.THRESHOLDS > 0:
+                further_one = tl.arange(0, C.THRESHOLDS)[None, :]
+                further = counts + (2 + further_one) * n_heads + members[:, None]
+                # A mask of the full shape: Triton's interpreter misreads one that is broadcast.
+                exists = is_member[:, None] & (further_one >= 0)
+                tl.atomic_add(further, zeros[:, None] + below[None, :], mask=exists, sem="relaxed")

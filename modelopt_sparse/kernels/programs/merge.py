@@ -1,0 +1,118 @@
+"""The merge kernel: adds up the splits of rows that decode. Source: Flash-Decoding."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from modelopt_sparse.kernels.device.run_time import RUN_TIME
+from modelopt_sparse.kernels.device.softmax import LOG2_E, finish
+
+# Splits that a program adds up together.
+_SPLITS = tl.constexpr(32)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def merge_kernel(
+    split_sums, split_out, out, lse, out_strides, q_start, q_len, k_len,
+    n_entries, n_heads, max_q, split_keys, sinks, dropped_bound, dropped, C: tl.constexpr,
+):  # fmt: skip
+    """One program: one row of one head. A split's place is fixed, so its sum is too, whatever the batch.
+
+    Args:
+        split_sums: fp32 [splits, n_entries, 4], of each row in each split: running max (log2), and the sums
+            of exponentials kept, a bound on those skipped, and those skipped; the last two for C.SKIP.
+        split_out: fp32 [splits, n_entries, Dv], weighted sums of values; nothing where the sum kept is 0.
+        n_entries: sequences x max_q x heads. split_keys: keys of a split.
+    """
+    entry = tl.program_id(0)
+    head = entry % n_heads
+    index = entry // n_heads % max_q
+    sequence = entry // n_heads // max_q
+    n_q = tl.load(q_len + sequence)
+    if C.ALL_DECODE:
+        if index >= n_q:
+            return
+    elif n_q != 1:
+        return
+    n_splits = (tl.load(k_len + sequence) + split_keys - 1) // split_keys
+
+    running = tl.full([1], float("-inf"), tl.float32)
+    for start in range(0, n_splits, _SPLITS):
+        sums, exists = sums_of_splits(split_sums, start, n_splits, n_entries, entry)
+        largest = tl.load(sums, mask=exists, other=float("-inf"))
+        running = tl.maximum(running, tl.max(largest, 0))
+    pivot = tl.where(running == float("-inf"), 0.0, running)
+
+    total = tl.full([1], 0.0, tl.float32)
+    bound = total
+    lost = total
+    channel = tl.arange(0, C.BLOCK_DV)
+    acc = tl.full([1, C.BLOCK_DV], 0.0, tl.float32)
+    for start in range(0, n_splits, _SPLITS):
+        sums, exists = sums_of_splits(split_sums, start, n_splits, n_entries, entry)
+        weight = tl.exp2(tl.load(sums, mask=exists, other=float("-inf")) - pivot)
+        kept = tl.load(sums + 1, mask=exists, other=0.0)
+        total += tl.sum(weight * kept, 0)
+        if C.SKIP:
+            bound += tl.sum(weight * tl.load(sums + 2, mask=exists, other=0.0), 0)
+            lost += tl.sum(weight * tl.load(sums + 3, mask=exists, other=0.0), 0)
+        part = (start + tl.arange(0, _SPLITS)).to(tl.int64) * n_entries + entry
+        pointers = split_out + part[:, None] * C.HEAD_DIM_V + channel[None, :]
+        holds = (exists & (kept != 0.0))[:, None] & (channel < C.HEAD_DIM_V)[None, :]
+        values = tl.load(pointers, mask=holds, other=0.0)
+        acc += tl.sum(values * weight[:, None], 0)[None, :]
+
+    row = tl.load(q_start + sequence) + index + tl.arange(0, 1)
+    sink = 0.0
+    if C.HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+    store_finished(
+        acc, total, running, bound, lost, sink, row, row * 0 + head, row >= 0, n_heads,
+        out, out_strides, lse, dropped_bound, dropped, C,
+    )  # fmt: skip
+
+
+@triton.jit
+def sums_of_splits(split_sums, start, n_splits, n_entries, entry):
+    """Pointers to the sums of some splits, and which of these there are."""
+    split = start + tl.arange(0, _SPLITS)
+    return split_sums + (split.to(tl.int64) * n_entries + entry) * 4, split < n_splits
+
+
+@triton.jit
+def store_finished(
+    acc, total, running, bound, lost, sink, row, head, is_row, n_heads,
+    out, out_strides, lse, dropped_bound, dropped, C: tl.constexpr,
+):  # fmt: skip
+    """Divides by the normaliser, and stores what rows come to.
+
+    Args:
+        acc .. lost: as `attend_decode` returns them. sink: log2 sink logit.
+        row, head: [BLOCK_M], where rows lie in the packed tensors.
+    """
+    values, row_lse, kept_sum, rescaled = finish(
+        acc, total, running, lost, sink, C.HAS_SINKS, C.EXACT
+    )
+    out_token, out_head = out_strides
+    channel = tl.arange(0, C.BLOCK_DV)
+    of_rows = out + row.to(tl.int64) * out_token + head.to(tl.int64) * out_head
+    tl.store(
+        of_rows[:, None] + channel[None, :],
+        values.to(out.dtype.element_ty),
+        mask=is_row[:, None] & (channel < C.HEAD_DIM_V)[None, :],
+    )
+    entry = row.to(tl.int64) * n_heads + head
+    tl.store(lse + entry, row_lse, mask=is_row)
+    if C.SKIP:
+        if dropped_bound is not None:
+            tl.store(dropped_bound + entry, share(bound * rescaled, kept_sum), mask=is_row)
+        if dropped is not None:
+            tl.store(dropped + entry, share(lost * rescaled, kept_sum), mask=is_row)
+
+
+@triton.jit
+def share(part, rest):
+    """The share of `part` in the whole, 0 where there is nothing."""
+    whole = part + rest
+    return part / tl.where(whole == 0, 1.0, whole)
