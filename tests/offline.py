@@ -82,6 +82,15 @@ def attend(
         (found.out.sum() + found.lse.sum()).backward()
 
 
+def paged(page_size, plan=None, *, seqs=((300, 1), (300, 9000)), dims=(128, 128), **more):
+    """A call with keys in pages."""
+    seqs = Seqs.from_lengths(*map(list, seqs))
+    q = torch.zeros(int(seqs.q_len.sum()), 4, dims[0], dtype=torch.float16)
+    k, v = (torch.zeros(1, page_size, 2, dim, dtype=torch.float16) for dim in dims)
+    table = torch.zeros(2, -(-seqs.max_k // page_size), dtype=torch.int32)
+    ops.run(checked(Call(q, k, v, seqs, plan or Plan(), block_tables=(table, table), **more)))
+
+
 def attend_in_tf32():
     torch.set_float32_matmul_precision("high")
     try:
@@ -152,6 +161,10 @@ CASES = {
     "splits": lambda: attend(**LONG),
     "splits skip": lambda: attend(skip(), heads=(8, 2), **LONG),
     "splits skip per head": lambda: attend(skip(per_head=True), details=True, **LONG),
+    "pages of 64": lambda: paged(64),
+    "pages of 128 skip": lambda: paged(128, skip()),
+    "pages of 16 2:4+skip": lambda: paged(16, skip(nm=TWO), window=100),
+    "pages of 5": lambda: paged(5, skip(), bounds=BOUNDS),
     "dim 64": lambda: attend(dims=(64, 64)),
     "dim 64 skip": lambda: attend(skip(), dims=(64, 64)),
     "dim 80": lambda: attend(dims=(80, 80)),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from .api import (
     AttentionOptions,
     attention,
+    attention_paged,
     attention_reference,
     attention_triton,
     attention_varlen,
 )
+from .pages import PagedKV
 from .types import (
     DENSE,
     AttentionOutput,
@@ -44,6 +46,7 @@ __all__ = [
     "AttentionOptions",
     "AttentionOutput",
     "NMSparsity",
+    "PagedKV",
     "Phase",
     "Plan",
     "ScoreGrid",
@@ -53,6 +56,7 @@ __all__ = [
     "TileCounts",
     "TileMap",
     "attention",
+    "attention_paged",
     "attention_reference",
     "attention_triton",
     "attention_varlen",

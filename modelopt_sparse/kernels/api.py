@@ -7,10 +7,12 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, describe
+from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, UnsupportedCall, describe
 
 from .backends import run, run_reference, run_triton
-from .check import Call, check_bool, check_int, check_qkv, check_tensor, checked
+from .check import Call, check_qkv, checked
+from .check_values import check_bool, check_int, check_tensor
+from .pages import PagedKV
 from .types import (
     DENSE,
     AttentionOutput,
@@ -127,6 +129,39 @@ def attention_triton(
         UnsupportedCall: there is no Triton, or it can't run on this device; else as `attention_varlen`.
     """
     return run_triton(_checked(q, k, v, seqs, options))
+
+
+def attention_paged(
+    q: Tensor, cache: PagedKV, seqs: Seqs, **options: Unpack[AttentionOptions]
+) -> AttentionOutput:
+    """`attention_varlen` on keys and values in pages. Forward only.
+
+    What comes back doesn't depend on the page size, nor on where pages lie.
+
+    Args:
+        q: [Tq, Hq, D], as for `attention_varlen`.
+        cache: keys and values, and where each sequence's pages are; see `PagedKV`.
+        seqs: `q_start`, `q_len` and `k_len` of each sequence. `k_start` isn't read.
+        options: as for `attention_varlen`.
+    Returns:
+        AttentionOutput: as `attention_varlen`.
+    Raises:
+        ArgumentError, ArgumentTypeError, UnsupportedCall: as for `attention_varlen`; UnsupportedCall also
+            where a gradient is wanted. On a GPU lengths and tables aren't looked into: see `PagedKV.check`.
+    """
+    if not isinstance(cache, PagedKV):
+        raise ArgumentTypeError(describe("cache", repr(cache), "a PagedKV"))
+    options.setdefault("plan", DENSE)
+    call = checked(Call(q, cache.k, cache.v, seqs, block_tables=cache.block_tables, **options))
+    bias = None if call.bias is None else call.bias.values
+    wants_grad = any(
+        x is not None and x.requires_grad for x in (q, call.k, call.v, call.sinks, bias)
+    )
+    if torch.is_grad_enabled() and wants_grad:
+        remedy = "Call it under torch.no_grad(), or attention_varlen on packed keys."
+        got, takes = "a tensor that wants a gradient", "tensors that don't"
+        raise UnsupportedCall(describe("attention_paged", got, takes, remedy))
+    return run(call)
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs, options: AttentionOptions) -> Call:

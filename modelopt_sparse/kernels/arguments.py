@@ -28,6 +28,7 @@ def features(call: Call) -> dict[str, Any]:
         "HEAD_DIM_V": dims[1],
         "BLOCK_D": block_dim(dims[0]),
         "BLOCK_DV": block_dim(dims[1]),
+        "PAGE": 0 if call.block_tables is None else call.k.shape[1],
         "CAUSAL": call.causal,
         "HAS_BOUNDS": call.bounds is not None,
         # Exact products are long, and a second loop takes as long to compile as the first.
@@ -42,8 +43,18 @@ def features(call: Call) -> dict[str, Any]:
 
 
 def strides(x: Tensor) -> tuple[int, int]:
-    """Elements from token to token and from head to head."""
-    return x.stride(0), x.stride(1)
+    """Elements from token to token and from head to head; of pages too."""
+    return x.stride(-3), x.stride(-2)
+
+
+def pages(call: Call) -> tuple[Tensor | None, Tensor | None, int, int, int, int]:
+    """The block tables of k and v, and elements from row to row of these and from page to page."""
+    if call.block_tables is None:
+        return None, None, 0, 0, 0, 0
+    k_table, v_table = call.block_tables
+    return (
+        k_table, v_table, k_table.stride(0), v_table.stride(0), call.k.stride(0), call.v.stride(0)
+    )  # fmt: skip
 
 
 def sequences(seqs: Seqs) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +10,9 @@ from torch import Tensor
 
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, UnsupportedCall, describe
 
-from .thresholds import as_float, check_fraction, check_threshold
+from .check_values import check_bool, check_int, check_number, check_tensor, is_readable
+from .pages import check_entries
+from .thresholds import check_fraction, check_threshold
 from .tiles import slot_count, word_count
 from .types import (
     NMSparsity,
@@ -50,6 +50,7 @@ class Call:
     bias: ScoreGrid | None = None
     phase: Phase | None = None
     details: bool = False
+    block_tables: tuple[Tensor, Tensor] | None = None  # of k and v, whose first dims are pages then
 
 
 def checked(call: Call) -> Call:
@@ -58,8 +59,12 @@ def checked(call: Call) -> Call:
     In what comes back the scale is a float, and each part of the plan leaves something out.
     """
     q, seqs = call.q, call.seqs
-    check_qkv(q, call.k, call.v)
-    _check_seqs(seqs, q, call.k)
+    check_qkv(q, call.k, call.v, is_paged=call.block_tables is not None)
+    _check_seqs(seqs, q)
+    if call.block_tables is not None:
+        _check_block_tables(call.block_tables, call)
+    elif is_readable(q):
+        _check_extent("k", seqs.k_start, seqs.k_len, call.k.shape[0], seqs.max_k)
     check_bool("causal", call.causal)
     check_bool("details", call.details)
     scale = q.shape[-1] ** -0.5 if call.scale is None else check_number("scale", call.scale)
@@ -189,15 +194,15 @@ def _check_tiles(tiles: TileMap, plan: Plan, call: Call) -> None:
     check_tensor("plan.tiles.words", tiles.words, call.q, (slots, heads, words), torch.int32)
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, is_paged: bool = False) -> None:
     """The three tensors of a call fit together."""
+    paged = "[pages, page_size, heads, head_dim]"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(describe(name, type(x).__name__, "a tensor"))
-        if x.ndim != 3 or x.shape[-1] == 0 or x.shape[1] == 0:
-            raise ArgumentError(
-                describe(name, f"shape {tuple(x.shape)}", "[tokens, heads, head_dim]")
-            )
+        axes = paged if is_paged and name != "q" else "[tokens, heads, head_dim]"
+        if x.ndim != axes.count(",") + 1 or 0 in x.shape[1:]:
+            raise ArgumentError(describe(name, f"shape {tuple(x.shape)}", axes))
         if x.dtype not in DTYPES:
             raise ArgumentError(describe(name, str(x.dtype), ", ".join(map(str, DTYPES))))
         if x.dtype != q.dtype or x.device != q.device:
@@ -211,16 +216,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
     if k.shape[-1] != q.shape[-1]:
         raise ArgumentError(describe("k", f"head_dim {k.shape[-1]}", f"{q.shape[-1]}, as q"))
-    if q.shape[1] % k.shape[1]:
+    if q.shape[1] % k.shape[-2]:
         takes = f"a divisor of the {q.shape[1]} query heads"
-        raise ArgumentError(describe("k", f"{k.shape[1]} heads", takes))
-    if v.shape[:2] != k.shape[:2]:
-        raise ArgumentError(
-            describe("v", f"shape {tuple(v.shape)}", f"[{k.shape[0]}, {k.shape[1]}, Dv]")
-        )
+        raise ArgumentError(describe("k", f"{k.shape[-2]} heads", takes))
+    # Pages of k and of v may be in caches of different sizes.
+    first = int(is_paged)
+    if v.shape[first:-1] != k.shape[first:-1]:
+        takes = f"[{', '.join(map(str, ['pages'] * is_paged + list(k.shape[first:-1])))}, Dv]"
+        raise ArgumentError(describe("v", f"shape {tuple(v.shape)}", takes))
 
 
-def _check_seqs(seqs: Seqs, q: Tensor, k: Tensor) -> None:
+def _check_seqs(seqs: Seqs, q: Tensor) -> None:
     if not isinstance(seqs, Seqs):
         raise ArgumentTypeError(describe("seqs", repr(seqs), "a Seqs"))
     check_int("seqs.max_q", seqs.max_q, least=0)
@@ -229,18 +235,29 @@ def _check_seqs(seqs: Seqs, q: Tensor, k: Tensor) -> None:
     batch = seqs.q_len.shape[0] if isinstance(seqs.q_len, Tensor) and seqs.q_len.ndim == 1 else -1
     for name in ("q_start", "q_len", "k_start", "k_len"):
         check_tensor(f"seqs.{name}", getattr(seqs, name), q, shape=(batch,), dtype=torch.int32)
-    if _is_readable(q):
+    if is_readable(q):
         _check_extent("q", seqs.q_start, seqs.q_len, q.shape[0], seqs.max_q)
-        _check_extent("k", seqs.k_start, seqs.k_len, k.shape[0], seqs.max_k)
         short = seqs.q_len[(seqs.q_len > 0) & (seqs.q_len < seqs.min_q)]
         if short.numel():
             takes = f"0, or at least seqs.min_q = {seqs.min_q}"
             raise ArgumentError(describe("seqs.q_len", int(short[0]), takes))
 
 
-def _is_readable(x: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a GPU, or splitting a compiled graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def _check_block_tables(tables: tuple[Tensor, Tensor], call: Call) -> None:
+    seqs = call.seqs
+    batch = seqs.q_len.shape[0]
+    for name, table in zip(("block_table", "v_block_table"), tables, strict=True):
+        check_tensor(name, table, call.q, shape=(batch, -1), dtype=torch.int32)
+        if table.stride(-1) != 1 and table.shape[-1] > 1:
+            raise ArgumentError(
+                describe(name, f"strides {table.stride()}", "a contiguous last dim")
+            )
+        holds = table.shape[1] * call.k.shape[1]
+        if seqs.max_k > holds:
+            takes = f"at most {holds}, what the {table.shape[1]} columns of {name} hold"
+            raise ArgumentError(describe("seqs.max_k", seqs.max_k, takes))
+    if is_readable(call.q):
+        check_entries(call.k, call.v, tables, seqs)
 
 
 def _check_extent(letter: str, start: Tensor, length: Tensor, total: int, most: int) -> None:
@@ -276,60 +293,10 @@ def _check_grid(name: str, grid: ScoreGrid, q: Tensor, seqs: Seqs) -> None:
         start = getattr(grid, f"{axis}_start")
         if start is not None:
             check_tensor(f"{name}.{axis}_start", start, q, shape=(batch,), dtype=torch.int32)
-        if _is_readable(q):
+        if is_readable(q):
             first = torch.zeros_like(length) if start is None else start
             ends = torch.where(length > 0, first.long() + length.long(), 0)
             if bool((first < 0).any()) or bool((ends > values.shape[size]).any()):
                 got = f"{axis}s {first.tolist()} + {length.tolist()}"
                 takes = f"what lies within its {values.shape[size]} {axis}s"
                 raise ArgumentError(describe(f"{name}.{axis}_start", got, takes))
-
-
-def check_tensor(
-    name: str,
-    value: object,
-    q: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype | None = None,
-    floating: bool = False,
-) -> None:
-    """`value` is a tensor of this shape (-1: any) and dtype on the device of `q`."""
-    if not isinstance(value, Tensor):
-        raise ArgumentTypeError(describe(name, type(value).__name__, "a tensor"))
-    wrong_shape = value.ndim != len(shape) or any(
-        want not in (-1, got) for got, want in zip(value.shape, shape, strict=True)
-    )
-    if wrong_shape:
-        raise ArgumentError(describe(name, f"shape {tuple(value.shape)}", f"shape {list(shape)}"))
-    if (dtype is not None and value.dtype != dtype) or (floating and not value.is_floating_point()):
-        raise ArgumentError(describe(name, str(value.dtype), str(dtype or "a floating dtype")))
-    if value.device != q.device:
-        raise ArgumentError(describe(name, str(value.device), f"{q.device}, as q"))
-
-
-def check_bool(name: str, value: object) -> None:
-    """`value` is True or False."""
-    if not isinstance(value, bool):
-        raise ArgumentTypeError(describe(name, repr(value), "True or False"))
-
-
-def check_int(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """`value` is an int (no bool) within the limits."""
-    low, high = "any" if least is None else least, "any" if most is None else most
-    takes = "an int" if least is most is None else f"an int from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ArgumentTypeError(describe(name, repr(value), takes))
-    number = int(value)
-    if (least is not None and number < least) or (most is not None and number > most):
-        raise ArgumentError(describe(name, number, takes))
-    return number
-
-
-def check_number(name: str, value: Any) -> float:
-    """`value` is a finite number (no bool)."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ArgumentTypeError(describe(name, repr(value), "a finite number"))
-    number = as_float(value)
-    if not math.isfinite(number):
-        raise ArgumentError(describe(name, value, "a finite number"))
-    return number

@@ -77,7 +77,7 @@ def launch_decode(call: Call, results: Results) -> None:
 
 def _launch(call: Call, results: Results) -> None:
     q, v, seqs, skip = call.q, call.v, call.seqs, call.plan.skip_decode
-    group = q.shape[1] // call.k.shape[1]
+    group = q.shape[1] // call.k.shape[-2]
     members = 1 if skip is not None and skip.vote_per_head else group
     max_q = max(1, seqs.max_q) if call.phase is Phase.DECODE else 1
     if skip is not None and members * max_q > MOST_ROWS:
@@ -133,7 +133,8 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         decode_kernel[(batch * (heads // members) * splits * blocks,)](
             q, k, v, results.out, results.lse, seeds, sums, out_of_splits,
             *(arguments.strides(x) for x in (q, k, v, results.out)),
-            *arguments.sequences(seqs)[:4], heads, heads // k.shape[1], members, blocks, max_q, splits,
+            *arguments.pages(call),
+            *arguments.sequences(seqs)[:4], heads, heads // k.shape[-2], members, blocks, max_q, splits,
             keys_of_split // C.BLOCK_N, entries,
             call.bounds, arguments.window(call.window),
             *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),

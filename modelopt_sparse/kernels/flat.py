@@ -47,6 +47,7 @@ def flatten(call: Call) -> FlatCall:
     tensors = (
         seqs.q_start, seqs.q_len, seqs.k_start, seqs.k_len, call.bounds, *_grid(call.mask),
         *_grid(call.bias)[1:], skip_tensor, decode_tensor, None if tiles is None else tiles.words,
+        *(call.block_tables or (None, None)),
     )  # fmt: skip
     assert call.scale is not None
     ints = [
@@ -87,8 +88,8 @@ def unflatten(
     found = iter(tensors)
     (
         q_start, q_len, k_start, k_len, bounds, mask, mask_rows, mask_keys, bias_rows, bias_keys,
-        skip_tensor, decode_tensor, words,
-    ) = (next(found) if present >> i & 1 else None for i in range(13))  # fmt: skip
+        skip_tensor, decode_tensor, words, k_table, v_table,
+    ) = (next(found) if present >> i & 1 else None for i in range(15))  # fmt: skip
     assert q_start is not None and q_len is not None and k_start is not None and k_len is not None
     seqs = Seqs(q_start, q_len, k_start, k_len, max_q, max_k, min_q)
     phase = _PHASES[in_phase]
@@ -110,7 +111,7 @@ def unflatten(
         sinks, bounds,
         None if mask is None else ScoreGrid(mask, mask_rows, mask_keys),
         None if bias is None else ScoreGrid(bias, bias_rows, bias_keys),
-        phase, bool(details),
+        phase, bool(details), None if k_table is None or v_table is None else (k_table, v_table),
     )  # fmt: skip
 
 

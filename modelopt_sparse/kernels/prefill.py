@@ -66,7 +66,9 @@ def _launch_as(
     if not super_blocks:
         return
     nm, skip, tiles = plan.nm, plan.skip, plan.tiles
-    k_boxes, v_boxes, steps = boxes(k, v, launch.block_n, is_wanted=nm is None)
+    k_boxes, v_boxes, steps = boxes(
+        k, v, launch.block_n, is_wanted=nm is None and call.block_tables is None
+    )
     C = Variant(
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
@@ -96,7 +98,8 @@ def _launch_as(
     prefill_kernel[(blocks * heads,)](
         q, k, v, results.out, results.lse, k_boxes, v_boxes, *steps,
         *(arguments.strides(x) for x in (q, k, v, results.out)),
-        *arguments.sequences(seqs), super_blocks, heads, heads // k.shape[1],
+        *arguments.pages(call),
+        *arguments.sequences(seqs), super_blocks, heads, heads // k.shape[-2],
         call.bounds, arguments.window(call.window),
         *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
         call.sinks, call.scale, call.softcap or 0.0,

@@ -47,12 +47,15 @@ OPTIONS = {
     "bounds": {"bounds": torch.tensor([[0, 30]] * 20).int(), "causal": False},
     "grids": {"mask": MASK, "bias": BIAS},
     "mask": {"mask": MASK, "phase": Phase.DECODE},
+    "pages": {"block_tables": (torch.ones(2, 3).int(), torch.zeros(2, 3).int())},
 }
 
 
 def same(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor):
         return a is b
+    if isinstance(a, tuple):
+        return isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
     if is_dataclass(a):
         return type(a) is type(b) and all(
             same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)

@@ -56,16 +56,53 @@ def load_keys(base, stride, tile, is_key, C: tl.constexpr, IS_V: tl.constexpr):
 
 
 @triton.jit
+def pages_of(table, table_stride, page_stride, sequence, C: tl.constexpr):
+    """What `load_paged` takes of a sequence; nothing to use where keys are packed."""
+    if C.PAGE > 0:
+        return table + sequence.to(tl.int64) * table_stride, page_stride
+    else:
+        return sequence, sequence
+
+
+@triton.jit
+def load_paged(base, stride, pages, tile, is_key, C: tl.constexpr, IS_V: tl.constexpr):
+    """`load_keys` of a sequence in pages.
+
+    Args:
+        base: pointer to the head's first channel of slot 0 of page 0. stride: from slot to slot.
+        pages: (pointer to the sequence's page numbers, elements from page to page).
+    """
+    DIM: tl.constexpr = C.HEAD_DIM_V if IS_V else C.HEAD_DIM
+    BLOCK: tl.constexpr = C.BLOCK_DV if IS_V else C.BLOCK_D
+    table, page_stride = pages
+    if C.PAGE % C.BLOCK_N == 0:
+        # A tile lies in one page.
+        TILES: tl.constexpr = C.PAGE // C.BLOCK_N
+        page = tl.load(table + tile // TILES).to(tl.int64)
+        base += page * page_stride + (tile % TILES * C.BLOCK_N).to(tl.int64) * stride
+        x = load_rows(base, stride, columns_to_keys(C), is_key, DIM, BLOCK)
+    else:
+        keys = tile * C.BLOCK_N + columns_to_keys(C)
+        page = tl.load(table + keys // C.PAGE, mask=is_key).to(tl.int64)
+        bases = base + (page * page_stride)[:, None]
+        x = load_rows(bases, stride, keys % C.PAGE, is_key, DIM, BLOCK)
+    return x.to(tl.float32) if C.UPCAST else x
+
+
+@triton.jit
 def load_k(kv, tile, is_key, C: tl.constexpr, IS_EDGE: tl.constexpr):
     """The keys of a tile: [BLOCK_N, BLOCK_D].
 
     Args:
-        kv: (k, v, k_stride, v_stride, k_box, v_box): pointers to the sequence's first key; where C.BOXES,
-            boxes are (descriptor [.., D], row of the sequence's first key, column of the head).
+        kv: (k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages): pointers to the sequence's first key;
+            where C.BOXES, boxes are (descriptor [.., D], row of the sequence's first key, column of the
+            head); pages as for `load_paged`.
         is_key: bool [BLOCK_N], the columns to load at an edge; elsewhere all are. By boxes all are loaded at
             edges too: what a hidden key holds reaches hidden scores only.
     """
-    k, v, k_stride, v_stride, k_box, v_box = kv
+    k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages = kv
+    if C.PAGE > 0:
+        return load_paged(k, k_stride, k_pages, tile, is_key if IS_EDGE else None, C, False)
     if C.BOXES:
         return k_box[0].load([k_box[1] + tile * C.BLOCK_N, k_box[2]])
     return load_keys(k, k_stride, tile, is_key if IS_EDGE else None, C, False)
@@ -83,9 +120,12 @@ def load_v(
     Args:
         has_gaps: between the keys that rows see may lie some that none does.
     """
-    k, v, k_stride, v_stride, k_box, v_box = kv
+    k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages = kv
     if IS_EDGE:
-        values = load_keys(v, v_stride, tile, is_key, C, True)
+        if C.PAGE > 0:
+            values = load_paged(v, v_stride, v_pages, tile, is_key, C, True)
+        else:
+            values = load_keys(v, v_stride, tile, is_key, C, True)
         mask, bias = grids
         if C.HAS_GRIDS:
             seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
@@ -95,6 +135,8 @@ def load_v(
                 seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
                 values = tl.where(seen[:, None], values, 0.0).to(values.dtype)
         return values
+    if C.PAGE > 0:
+        return load_paged(v, v_stride, v_pages, tile, None, C, True)
     if C.BOXES:
         return v_box[0].load([v_box[1] + tile * C.BLOCK_N, v_box[2]])
     return load_keys(v, v_stride, tile, None, C, True)

@@ -29,6 +29,15 @@ def first_position(n_q, n_k, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def first_key_of(k_start, sequence, C: tl.constexpr):
+    """The token of a sequence's first key; in pages, where a table says where keys lie, 0."""
+    if C.PAGE > 0:
+        return sequence.to(tl.int64) * 0
+    else:
+        return tl.load(k_start + sequence).to(tl.int64)
+
+
+@triton.jit
 def super_block_count(n_q, n_k, CAUSAL: tl.constexpr):
     """Super-blocks of 128 positions, anchored at position 0, in which a sequence has rows."""
     first = first_position(n_q, n_k, CAUSAL)

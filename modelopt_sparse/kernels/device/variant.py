@@ -12,6 +12,7 @@ class Variant:
     Args:
         BLOCK_M, BLOCK_N: query rows and keys of a launch tile.
         HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV: channels, and the powers of two that hold them.
+        PAGE: tokens of a page of keys and values; 0: these are packed.
         STAGES: tiles in flight.
         CAUSAL, HAS_BOUNDS: what limits rows.
         ONLY_EDGES: no tile is treated as fully visible, for none is known to be, or to have but one loop.
@@ -36,6 +37,7 @@ class Variant:
     HEAD_DIM_V: int
     BLOCK_D: int
     BLOCK_DV: int
+    PAGE: int = 0
     STAGES: int = 2
     CAUSAL: bool = True
     HAS_BOUNDS: bool = False

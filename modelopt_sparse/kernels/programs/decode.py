@@ -17,10 +17,11 @@ from modelopt_sparse.kernels.device.scores import (
     load_k,
     load_rows,
     load_v,
+    pages_of,
     transform,
     visible,
 )
-from modelopt_sparse.kernels.device.sequence import first_position, row_limits
+from modelopt_sparse.kernels.device.sequence import first_key_of, first_position, row_limits
 from modelopt_sparse.kernels.device.softmax import LOG2_E, rescale
 from modelopt_sparse.kernels.device.visits import block_limits, seen_tiles, tile_limits
 from modelopt_sparse.kernels.stages.skip import count_skipped, vote
@@ -152,6 +153,7 @@ def attend_decode(q, top, bottom, kv, rows, grids, numbers, skipping, words, C: 
 def decode_kernel(
     q, k, v, out, lse, seeds, split_sums, split_out,
     q_strides, k_strides, v_strides, out_strides,
+    k_table, v_table, k_table_stride, v_table_stride, k_page_stride, v_page_stride,
     q_start, q_len, k_start, k_len, n_heads, group, n_members, n_blocks, max_q, n_splits, split_tiles,
     n_entries,
     bounds, window,
@@ -210,7 +212,9 @@ def decode_kernel(
     first_key, stop_key, full_low, full_high = limits
 
     kv_head = (first_head // group).to(tl.int64)
-    key = tl.load(k_start + sequence).to(tl.int64)
+    key = first_key_of(k_start, sequence, C)
+    k_pages = pages_of(k_table, k_table_stride, k_page_stride, sequence, C)
+    v_pages = pages_of(v_table, v_table_stride, v_page_stride, sequence, C)
     k_token, k_head = k_strides
     v_token, v_head = v_strides
     k += key * k_token + kv_head * k_head
@@ -232,7 +236,7 @@ def decode_kernel(
 
     scale_log2 = scale * LOG2_E
     factor = scale_log2 if C.IS_RAW else 1.0
-    kv = (k, v, k_token, v_token, None, None)
+    kv = (k, v, k_token, v_token, None, None, k_pages, v_pages)
     rows = (low, high, is_row, first_key, stop_key, full_low > full_high)
     numbers = (n_k, factor, scale_log2, softcap)
     entry_of_split = (sequence.to(tl.int64) * max_q + index) * n_heads + head

@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 
 from modelopt_sparse.kernels.device.run_time import RUN_TIME
-from modelopt_sparse.kernels.device.scores import grid_pointers, load_rows
+from modelopt_sparse.kernels.device.scores import grid_pointers, load_rows, pages_of
 from modelopt_sparse.kernels.device.sequence import (
     find_sequence,
+    first_key_of,
     first_position,
     is_left_out,
     program_place,
@@ -30,6 +31,7 @@ from .attend import attend
 def prefill_kernel(
     q, k, v, out, lse, k_boxes, v_boxes, box_rows, box_columns, v_box_columns,
     q_strides, k_strides, v_strides, out_strides,
+    k_table, v_table, k_table_stride, v_table_stride, k_page_stride, v_page_stride,
     q_start, q_len, k_start, k_len, n_sequences, n_super_blocks, n_heads, group,
     bounds, window,
     mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
@@ -70,7 +72,9 @@ def prefill_kernel(
     limits = block_limits(low, high, is_row, first_row, last_row, n_k, window, C)
 
     kv_head = head // group
-    first_key = tl.load(k_start + sequence).to(tl.int64)
+    first_key = first_key_of(k_start, sequence, C)
+    k_pages = pages_of(k_table, k_table_stride, k_page_stride, sequence, C)
+    v_pages = pages_of(v_table, v_table_stride, v_page_stride, sequence, C)
     k_token, k_head = k_strides
     v_token, v_head = v_strides
     k += first_key * k_token + kv_head.to(tl.int64) * k_head
@@ -150,7 +154,7 @@ def prefill_kernel(
     visits = (order, last, first_tile)
     k_box = (k_boxes, first_key.to(tl.int32) + kv_head * box_rows, kv_head * box_columns)
     v_box = (v_boxes, first_key.to(tl.int32) + kv_head * box_rows, kv_head * v_box_columns)
-    kv = (k, v, k_token, v_token, k_box, v_box)
+    kv = (k, v, k_token, v_token, k_box, v_box, k_pages, v_pages)
     numbers = (n_k, factor, scale_log2, softcap, (num_sink_tokens, dense_window_size))
     skipping = (log2_threshold, count_thresholds)
     none = tl.full([C.BLOCK_M], 0.0, tl.float32)

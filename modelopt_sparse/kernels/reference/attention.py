@@ -22,6 +22,7 @@ from modelopt_sparse.kernels.types import (
 )
 
 from .block import ALIGN, Block, attend_block
+from .pages import gathered
 from .rules import Rules
 from .sequence import Sequence
 
@@ -31,6 +32,7 @@ BLOCK_SCORES = 2**24
 
 def run(call: Call) -> AttentionOutput:
     """Computes a checked call."""
+    call = gathered(call)
     seqs, heads = call.seqs, call.q.shape[1]
     spans = torch.stack([seqs.q_start, seqs.q_len, seqs.k_start, seqs.k_len], 1).tolist()
     dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32

@@ -1,0 +1,69 @@
+"""Rules on single arguments: a tensor, a number, a truth."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, describe
+
+from .thresholds import as_float
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a GPU, or splitting a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    q: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    floating: bool = False,
+) -> None:
+    """`value` is a tensor of this shape (-1: any) and dtype on the device of `q`."""
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(describe(name, type(value).__name__, "a tensor"))
+    wrong_shape = value.ndim != len(shape) or any(
+        want not in (-1, got) for got, want in zip(value.shape, shape, strict=True)
+    )
+    if wrong_shape:
+        raise ArgumentError(describe(name, f"shape {tuple(value.shape)}", f"shape {list(shape)}"))
+    if (dtype is not None and value.dtype != dtype) or (floating and not value.is_floating_point()):
+        raise ArgumentError(describe(name, str(value.dtype), str(dtype or "a floating dtype")))
+    if value.device != q.device:
+        raise ArgumentError(describe(name, str(value.device), f"{q.device}, as q"))
+
+
+def check_bool(name: str, value: object) -> None:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(describe(name, repr(value), "True or False"))
+
+
+def check_int(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """`value` is an int (no bool) within the limits."""
+    low, high = "any" if least is None else least, "any" if most is None else most
+    takes = "an int" if least is most is None else f"an int from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ArgumentTypeError(describe(name, repr(value), takes))
+    number = int(value)
+    if (least is not None and number < least) or (most is not None and number > most):
+        raise ArgumentError(describe(name, number, takes))
+    return number
+
+
+def check_number(name: str, value: Any) -> float:
+    """`value` is a finite number (no bool)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(describe(name, repr(value), "a finite number"))
+    number = as_float(value)
+    if not math.isfinite(number):
+        raise ArgumentError(describe(name, value, "a finite number"))
+    return number
