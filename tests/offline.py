@@ -113,9 +113,11 @@ def given(rows: int, keys: int, nm: NMSparsity | None = None, phase: Phase | Non
     return Plan(nm, tiles=TileMap.from_kept([None, None], seqs, True, rows, keys, **size))
 
 
-def skip(rows=64, keys=128, decode_keys=64, threshold=0.1, nm=None, per_head=False, **more) -> Plan:
+def skip(
+    rows=64, keys=128, decode_keys=64, threshold=0.1, nm=None, vote_heads=None, **more
+) -> Plan:
     """Tiles are skipped, in both phases."""
-    decode = SkipSoftmaxDecode(threshold, decode_keys, vote_per_head=per_head, **more)
+    decode = SkipSoftmaxDecode(threshold, decode_keys, vote_heads=vote_heads, **more)
     return Plan(nm, SkipSoftmax(threshold, rows, keys, **more), decode)
 
 
@@ -141,7 +143,7 @@ CASES = {
     "skip 16x128": lambda: attend(skip(16, 128, 128)),
     "skip 32x64": lambda: attend(skip(32, 64, 32)),
     "skip 128x16": lambda: attend(skip(128, 16)),
-    "skip per head": lambda: attend(skip(threshold=LAMBDAS, per_head=True)),
+    "skip per head": lambda: attend(skip(threshold=LAMBDAS, vote_heads=1)),
     "skip of 3 heads": lambda: attend(skip(), heads=(3, 1)),
     "skip untrained": lambda: attend(skip(), trains=False),
     "skip details": lambda: attend(skip(), details=True),
@@ -160,7 +162,7 @@ CASES = {
     "speculative skip": lambda: attend(Plan(skip_decode=SkipSoftmaxDecode(0.1)), **DRAFT),
     "splits": lambda: attend(**LONG),
     "splits skip": lambda: attend(skip(), heads=(8, 2), **LONG),
-    "splits skip per head": lambda: attend(skip(per_head=True), details=True, **LONG),
+    "splits skip per head": lambda: attend(skip(vote_heads=1), details=True, **LONG),
     "pages of 64": lambda: paged(64),
     "pages of 128 skip": lambda: paged(128, skip()),
     "pages of 16 2:4+skip": lambda: paged(16, skip(nm=TWO), window=100),

@@ -322,7 +322,7 @@ def oracle(
                     ]
                 )
             else:
-                size = 1 if part.vote_per_head else group
+                size = part.vote_heads or group
                 kept = np.zeros((heads, min(1, n_q), -(-n_k // part.block_keys)), dtype=bool)
                 for h in range(0, heads, size):
                     who = list(range(h, h + size))

@@ -10,6 +10,7 @@ from .api import (
     attention_triton,
     attention_varlen,
 )
+from .merge import merge_states
 from .pages import PagedKV
 from .types import (
     DENSE,
@@ -60,5 +61,6 @@ __all__ = [
     "attention_reference",
     "attention_triton",
     "attention_varlen",
+    "merge_states",
     "register_triton_attention",
 ]

@@ -86,7 +86,7 @@ def checked(call: Call) -> Call:
     if call.phase is not None and not isinstance(call.phase, Phase):
         takes = "Phase.PREFILL, Phase.DECODE or None"
         raise ArgumentTypeError(describe("phase", repr(call.phase), takes))
-    plan = resolved_plan(call.plan, seqs.q_len.shape[0], q.shape[1], q.device)
+    plan = _resolved_plan(call)
     if plan.tiles is not None:
         _check_tiles(plan.tiles, plan, call)
     return replace(call, scale=scale, plan=plan)
@@ -101,16 +101,15 @@ def _check_window(call: Call) -> None:
         raise ArgumentError(describe("window", "bounds as well", "one of window and bounds"))
 
 
-def resolved_plan(plan: Plan, batch: int, heads: int, device: torch.device) -> Plan:
+def _resolved_plan(call: Call) -> Plan:
     """The plan with each part checked, and None in place of a part that would leave nothing out."""
+    plan = call.plan
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(describe("plan", repr(plan), "a Plan"))
     return Plan(
         nm=_resolved_nm(plan.nm),
-        skip=_resolved_skip("plan.skip", plan.skip, SkipSoftmax, batch, heads, device),
-        skip_decode=_resolved_skip(
-            "plan.skip_decode", plan.skip_decode, SkipSoftmaxDecode, batch, heads, device
-        ),
+        skip=_resolved_skip("plan.skip", plan.skip, SkipSoftmax, call),
+        skip_decode=_resolved_skip("plan.skip_decode", plan.skip_decode, SkipSoftmaxDecode, call),
         tiles=plan.tiles,
     )
 
@@ -129,9 +128,7 @@ def _resolved_nm(nm: NMSparsity | None) -> NMSparsity | None:
     return None if nm.n == nm.m else nm
 
 
-def _resolved_skip(
-    name: str, skip: S | None, kind: type[S], batch: int, heads: int, device: torch.device
-) -> S | None:
+def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | None:
     if skip is None:
         return None
     if not isinstance(skip, kind):
@@ -140,19 +137,26 @@ def _resolved_skip(
         value = getattr(skip, field.name)
         if field.name in ("block_rows", "block_keys"):
             _check_tile_size(field.name, value)
-        elif field.name in ("exact_normalizer", "vote_per_head"):
+        elif field.name == "exact_normalizer":
             check_bool(field.name, value)
     if isinstance(skip, SkipSoftmaxDecode):
         check_int("segment_keys", skip.segment_keys, least=1)
         if skip.segment_keys % skip.block_keys:
             takes = f"a multiple of block_keys ({skip.block_keys})"
             raise ArgumentError(describe("segment_keys", skip.segment_keys, takes))
+        group = call.q.shape[1] // call.k.shape[-2]
+        if skip.vote_heads is not None and group % check_int(
+            "vote_heads", skip.vote_heads, least=1
+        ):
+            takes = f"a divisor of the {group} query heads of a KV head, or None"
+            raise ArgumentError(describe("vote_heads", skip.vote_heads, takes))
     if not isinstance(skip.count_thresholds, tuple):
         raise ArgumentTypeError(
             describe("count_thresholds", repr(skip.count_thresholds), "a tuple of fractions")
         )
     counted = tuple(check_fraction("count_thresholds", value) for value in skip.count_thresholds)
-    threshold = check_threshold("threshold", skip.threshold, batch, heads, device)
+    batch, heads = call.seqs.q_len.shape[0], call.q.shape[1]
+    threshold = check_threshold("threshold", skip.threshold, batch, heads, call.q.device)
     if threshold is None and not counted:
         return None
     return replace(skip, threshold=threshold, count_thresholds=counted)

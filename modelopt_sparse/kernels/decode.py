@@ -78,10 +78,10 @@ def launch_decode(call: Call, results: Results) -> None:
 def _launch(call: Call, results: Results) -> None:
     q, v, seqs, skip = call.q, call.v, call.seqs, call.plan.skip_decode
     group = q.shape[1] // call.k.shape[-2]
-    members = 1 if skip is not None and skip.vote_per_head else group
+    members = (skip and skip.vote_heads) or group
     max_q = max(1, seqs.max_q) if call.phase is Phase.DECODE else 1
     if skip is not None and members * max_q > MOST_ROWS:
-        remedy = "Use vote_per_head=True, phase=Phase.PREFILL, or attention_reference."
+        remedy = "Use fewer vote_heads, phase=Phase.PREFILL, or attention_reference."
         got, takes = f"{members * max_q} rows that vote together", f"at most {MOST_ROWS}"
         raise UnsupportedCall(describe("plan.skip_decode", got, takes, remedy))
     block_keys = None if skip is None else skip.block_keys

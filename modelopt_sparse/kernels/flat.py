@@ -56,7 +56,7 @@ def flatten(call: Call) -> FlatCall:
         *((nm.n, nm.m, nm.num_sink_tokens, nm.dense_window_size) if nm else (0, 0, 0, 0)),
         *((skip.block_rows, skip.block_keys, int(skip.exact_normalizer)) if skip else (0, 0, 0)),
         len(skip_counted),
-        *((decode.block_keys, decode.segment_keys, int(decode.vote_per_head), int(decode.exact_normalizer))
+        *((decode.block_keys, decode.segment_keys, decode.vote_heads or 0, int(decode.exact_normalizer))
           if decode else (0, 0, 0, 0)),
         *((tiles.block_rows or 0, tiles.block_keys) if tiles else (0, 0)),
         sum((x is not None) << i for i, x in enumerate(tensors)),
@@ -81,7 +81,7 @@ def unflatten(
     """The call that `flatten` took apart."""
     (
         max_q, max_k, min_q, in_phase, causal, details, window, n, m, num_sink_tokens, dense_window_size,
-        rows, keys, exact, n_counted, decode_keys, segment_keys, per_head, decode_exact,
+        rows, keys, exact, n_counted, decode_keys, segment_keys, vote_heads, decode_exact,
         given_rows, given_keys, present,
     ) = ints  # fmt: skip
     scale, softcap, skip_number, decode_number, *counted = floats
@@ -100,7 +100,7 @@ def unflatten(
     if decode_keys:
         value = decode_number if decode_number != _NO_NUMBER else decode_tensor
         decode = SkipSoftmaxDecode(
-            value, decode_keys, segment_keys, bool(per_head), tuple(counted[n_counted:]),
+            value, decode_keys, segment_keys, vote_heads or None, tuple(counted[n_counted:]),
             bool(decode_exact),
         )  # fmt: skip
     if words is not None:

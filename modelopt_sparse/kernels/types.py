@@ -178,6 +178,10 @@ class SkipSoftmaxDecode:
     Args:
         threshold, count_thresholds, exact_normalizer: as for `SkipSoftmax`.
         block_keys: keys of a decision tile. segment_keys: keys of a segment, a multiple of ``block_keys``.
+        vote_heads: query heads that vote together, with all their rows; a divisor of those that share a KV
+            head. None: all of these. Fewer skip more, and each vote reads the keys for itself.
+        threshold, count_thresholds, exact_normalizer: as for `SkipSoftmax`.
+        block_keys: keys of a decision tile. segment_keys: keys of a segment, a multiple of ``block_keys``.
         vote_per_head: each query head decides for itself. By default all query rows and heads that
             share a KV head vote together.
     """
@@ -185,7 +189,7 @@ class SkipSoftmaxDecode:
     threshold: float | Tensor | None
     block_keys: int = 64
     segment_keys: int = 4096
-    vote_per_head: bool = False
+    vote_heads: int | None = None
     count_thresholds: tuple[float, ...] = ()
     exact_normalizer: bool = False
 

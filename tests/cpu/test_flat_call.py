@@ -32,7 +32,7 @@ PLANS = {
     "2:4": Plan(NMSparsity(2, 4, 7, 9)),
     "skip": Plan(
         skip=SkipSoftmax(0.0, 16, 32, (0.5, 0.25), True),
-        skip_decode=SkipSoftmaxDecode(LAMBDAS, 16, 64, True, (0.125,), True),
+        skip_decode=SkipSoftmaxDecode(LAMBDAS, 16, 64, 2, (0.125,), True),
     ),
     "lambdas": Plan(
         NMSparsity(4, 8), SkipSoftmax(LAMBDAS), SkipSoftmaxDecode(0.5, count_thresholds=(0.1, 1.0))

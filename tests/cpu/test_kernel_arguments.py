@@ -238,7 +238,7 @@ def test_row_tiles_that_are_not_taken(name, value):
 
 @each(
     segment_keys=[*NOT_INTS, 0, -64, 32, 96, 4095],
-    vote_per_head=[None, 1, "yes"],
+    vote_heads=[True, 0, 3, 4, "all"],
 )
 def test_decode_numbers_that_are_not_taken(name, value):
     refused(name, plan=Plan(skip_decode=SkipSoftmaxDecode(0.1, **{name: value})))

@@ -42,7 +42,7 @@ def skip_decode(threshold, counted=()):
         "threshold": threshold,
         "block_keys": 64,
         "segment_keys": 4096,
-        "vote_per_head": False,
+        "vote_heads": None,
         "count_thresholds": counted,
         "exact_normalizer": False,
     }

@@ -150,7 +150,7 @@ def test_decode_segments_start_from_the_seed_and_go_downward():
 def test_heads_of_a_group_vote_together_or_alone(per_head, kept):
     q = torch.tensor([1.0, -1.0]).double().reshape(1, 2, 1)
     _, k, v, seqs = line([1], [5, 0, 5])
-    part = SkipSoftmaxDecode(1.0, block_keys=1, segment_keys=4, vote_per_head=per_head)
+    part = SkipSoftmaxDecode(1.0, block_keys=1, segment_keys=4, vote_heads=1 if per_head else None)
     result = oracle(q, k, v, seqs, scale=EXACT_SCALE, plan=Plan(skip_decode=part))
     assert result.kept[0][:, 0].astype(int).tolist() == kept
     assert result.decode.visible.tolist() == [3, 3]

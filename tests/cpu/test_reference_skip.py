@@ -96,12 +96,12 @@ LAMBDAS = {
 
 
 @pytest.mark.parametrize("threshold", LAMBDAS.values(), ids=LAMBDAS)
-@pytest.mark.parametrize("per_head", [False, True], ids=["groups", "heads"])
-def test_lambda_tensors_apply_per_sequence_and_head(per_head, threshold):
+@pytest.mark.parametrize("vote_heads", [None, 1], ids=["groups", "heads"])
+def test_lambda_tensors_apply_per_sequence_and_head(vote_heads, threshold):
     inputs = topical([75, 40, 60], [75, 90, 60], dim=8, strength=5.0)
     check_skips(inputs, prefill(threshold))
     inputs = topical([1, 1, 1], [220, 150, 333], dim=8, strength=5.0)
-    check_skips(inputs, decode(threshold, vote_per_head=per_head), ("decode",))
+    check_skips(inputs, decode(threshold, vote_heads=vote_heads), ("decode",))
 
 
 def test_a_lambda_above_one_in_a_tensor_never_drops_the_largest_tile():
@@ -115,12 +115,12 @@ def test_a_lambda_above_one_in_a_tensor_never_drops_the_largest_tile():
 
 
 @pytest.mark.parametrize("segment", [16, 32, 48, 64, 4096])
-@pytest.mark.parametrize("per_head", [False, True], ids=["groups", "heads"])
+@pytest.mark.parametrize("vote_heads", [None, 1], ids=["groups", "heads"])
 @pytest.mark.parametrize("names", ["", "full", "wide_window sinks", "tile_mask bias", "bounds"])
-def test_decode_skips_the_tiles_of_the_oracle(names, per_head, segment):
+def test_decode_skips_the_tiles_of_the_oracle(names, vote_heads, segment):
     inputs = topical([1] * 6, [333, 64, 65, 15, 1, 200], dim=8, strength=9.0, seed=1)
     options = features(names, inputs)
-    check_skips(inputs, decode(segment=segment, vote_per_head=per_head), ("decode",), **options)
+    check_skips(inputs, decode(segment=segment, vote_heads=vote_heads), ("decode",), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -135,21 +135,21 @@ def test_decode_skips_in_every_dtype_and_head_layout(exact_normalizer, heads, kv
 
 @pytest.mark.parametrize("threshold", [0.0625, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("segment", [16, 32, 64])
-@pytest.mark.parametrize("per_head", [False, True], ids=["groups", "heads"])
-def test_decode_ties_are_kept(per_head, segment, threshold):
+@pytest.mark.parametrize("vote_heads", [None, 1], ids=["groups", "heads"])
+def test_decode_ties_are_kept(vote_heads, segment, threshold):
     inputs = integers([1] * 8, [200, 77, 130, 60, 199, 211, 150, 90])
-    plan = decode(threshold, segment=segment, vote_per_head=per_head)
+    plan = decode(threshold, segment=segment, vote_heads=vote_heads)
     _, wanted = check_skips(inputs, plan, ("decode",))
     assert wanted.ties > 0, "no tie was tested"
 
 
-@pytest.mark.parametrize("per_head", [False, True], ids=["groups", "heads"])
+@pytest.mark.parametrize("vote_heads", [None, 1], ids=["groups", "heads"])
 @pytest.mark.parametrize("names", ["", "wide_window", "bounds", "tile_mask", "full"])
-def test_speculative_rows_decode_when_the_caller_says_so(names, per_head):
+def test_speculative_rows_decode_when_the_caller_says_so(names, vote_heads):
     inputs = topical(
         [4, 1, 7, 2], [120, 77, 55, 200], dim=8, topics=2, strength=9.0, span=32, seed=3
     )
-    plan = Plan(skip_decode=decode(vote_per_head=per_head).skip_decode, nm=NMSparsity(1, 4, 0, 0))
+    plan = Plan(skip_decode=decode(vote_heads=vote_heads).skip_decode, nm=NMSparsity(1, 4, 0, 0))
     options = features(names, inputs)
     check_skips(inputs, plan, ("decode",), phase=Phase.DECODE, **options)
 

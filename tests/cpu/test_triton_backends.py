@@ -25,10 +25,10 @@ def test_float64_is_refused_with_a_remedy():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("per_head", [False, True], ids=["groups", "heads"])
-def test_more_than_16_rows_that_decode_are_refused_where_they_skip(per_head):
+@pytest.mark.parametrize("vote_heads", [None, 1], ids=["groups", "heads"])
+def test_more_than_16_rows_that_decode_are_refused_where_they_skip(vote_heads):
     inputs = topical([17], [40], gaps=False, dtype=torch.float32)
-    skip = SkipSoftmaxDecode(0.1, 16, 64, vote_per_head=per_head)
+    skip = SkipSoftmaxDecode(0.1, 16, 64, vote_heads=vote_heads)
     with pytest.raises(UnsupportedCall, match=r"max_q 17.*at most 16 rows.*Phase\.PREFILL"):
         attention_triton(*inputs.qkv, plan=Plan(skip_decode=skip), phase=Phase.DECODE)
     dense = attention_triton(*inputs.qkv, phase=Phase.DECODE)

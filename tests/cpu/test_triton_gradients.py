@@ -34,7 +34,7 @@ PLANS = {
     "2:4": Plan(NM),
     "3:8": Plan(NMSparsity(3, 8, 0, 0)),
     "skip": Plan(skip=SKIP, skip_decode=DECODE),
-    "2:4+skip": Plan(NM, SKIP, replace(DECODE, vote_per_head=True)),
+    "2:4+skip": Plan(NM, SKIP, replace(DECODE, vote_heads=1)),
     "exact": Plan(
         skip=replace(SKIP, exact_normalizer=True),
         skip_decode=replace(DECODE, exact_normalizer=True),

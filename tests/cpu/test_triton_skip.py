@@ -126,8 +126,8 @@ def test_lambda_tensors_apply_per_sequence_and_head(threshold):
     more = {"heads": 4, "kv_heads": 2, "strength": 5.0}
     check_skips(small(topical, [20, 33], [75, 50], **more), prefill(threshold))
     inputs = small(topical, [1, 1], [150, 220], **more)
-    for per_head in (False, True):
-        check_skips(inputs, decode(threshold, vote_per_head=per_head), ("decode",))
+    for vote_heads in (None, 1):
+        check_skips(inputs, decode(threshold, vote_heads=vote_heads), ("decode",))
 
 
 def test_a_lambda_that_skips_nothing_is_dense_to_rounding():
@@ -143,12 +143,20 @@ def test_a_lambda_that_skips_nothing_is_dense_to_rounding():
         assert torch.equal(result.out, dense.out) and result.prefill is result.decode is None
 
 
+@pytest.mark.parametrize("vote_heads", [1, 2])
+def test_some_heads_of_a_group_vote_together(vote_heads):
+    inputs = topical([1, 1], [200, 70], heads=8, strength=9.0, dtype=torch.float32)
+    actual, _ = check_skips(inputs, decode(vote_heads=vote_heads), ("decode",))
+    by_votes = actual.kept[0].unflatten(0, (-1, vote_heads))
+    assert (by_votes == by_votes[:, :1]).all() and (by_votes[0] != by_votes[1]).any()
+
+
 @pytest.mark.parametrize("segment", [16, 64, 4096])
-@pytest.mark.parametrize("per_head", [False, True], ids=["groups", "heads"])
+@pytest.mark.parametrize("vote_heads", [None, 1], ids=["groups", "heads"])
 @pytest.mark.parametrize("names", ["", "wide_window sinks", "tile_mask bias", "bounds"])
-def test_decode_skips_the_tiles_of_the_oracle(names, per_head, segment):
+def test_decode_skips_the_tiles_of_the_oracle(names, vote_heads, segment):
     inputs = small(topical, [1] * 3, [200, 15, 65], heads=4, kv_heads=2, strength=9.0, seed=1)
-    plan = decode(segment=segment, vote_per_head=per_head)
+    plan = decode(segment=segment, vote_heads=vote_heads)
     check_skips(inputs, plan, ("decode",), **features(names, inputs))
 
 
@@ -163,10 +171,10 @@ def test_decode_skips_in_other_layouts(heads, kv_heads, exact, dtype):
 
 
 @pytest.mark.parametrize("segment", [16, 32, 64])
-@pytest.mark.parametrize("per_head", [False, True], ids=["groups", "heads"])
-def test_decode_keeps_tiles_at_the_threshold(per_head, segment):
+@pytest.mark.parametrize("vote_heads", [None, 1], ids=["groups", "heads"])
+def test_decode_keeps_tiles_at_the_threshold(vote_heads, segment):
     inputs = small(integers, [1] * 4, [200, 77, 130, 60], heads=4, kv_heads=2)
-    plan = decode(0.25, segment=segment, vote_per_head=per_head, count_thresholds=(0.5, 1.0))
+    plan = decode(0.25, segment=segment, vote_heads=vote_heads, count_thresholds=(0.5, 1.0))
     _, wanted = check_skips(inputs, plan, ("decode",))
     assert wanted.ties > 0
 

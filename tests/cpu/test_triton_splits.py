@@ -18,7 +18,7 @@ PLANS = {
     "dense": Plan(),
     "skip": Plan(skip_decode=SKIP),
     "exact": Plan(skip_decode=SkipSoftmaxDecode(0.3, 32, 96, exact_normalizer=True)),
-    "per_head": Plan(skip_decode=SkipSoftmaxDecode(0.1, 16, 512, vote_per_head=True)),
+    "per_head": Plan(skip_decode=SkipSoftmaxDecode(0.1, 16, 512, vote_heads=1)),
     "counted": Plan(skip_decode=SkipSoftmaxDecode(0.1, 16, 64, count_thresholds=(0.5, 0.01))),
 }
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

@@ -283,7 +283,8 @@ def make_plan(case: Case, rng, seqs: Seqs, exact: bool) -> Plan:
     if case.skip_decode != "none":
         counted = all_counted if case.skip_decode == "counts" else ()
         per_head, normalised = case.skip_decode == "per_head", case.skip_decode == "exact"
-        decode = SkipSoftmaxDecode(threshold, *case.segments, per_head, counted, normalised)
+        vote_heads = 1 if per_head else None
+        decode = SkipSoftmaxDecode(threshold, *case.segments, vote_heads, counted, normalised)
     return Plan(nm=nm, skip=skip, skip_decode=decode)
 
 

@@ -292,7 +292,7 @@ def test_a_phase_is_what_the_caller_says(phase):
     setup = kind("dense", shape="draft")
     plan = Plan(
         skip=SkipSoftmax(0.3, 16, 32),
-        skip_decode=SkipSoftmaxDecode(0.3, 32, 64, vote_per_head=True),
+        skip_decode=SkipSoftmaxDecode(0.3, 32, 64, vote_heads=1),
     )
     options = {"phase": phase, "plan": plan, "details": True}
     ours = run(setup, **options)

@@ -64,7 +64,7 @@ class Rules:
         assert skip is not None and thresholds is not None
         maxima = tile_maxima(scores.detach(), skip.block_keys)
         if isinstance(skip, SkipSoftmaxDecode):
-            voters = 1 if skip.vote_per_head else sequence.q.shape[1] // sequence.k.shape[0]
+            voters = skip.vote_heads or sequence.q.shape[1] // sequence.k.shape[0]
             return decode_decisions(
                 maxima, skip.segment_keys // skip.block_keys, voters, thresholds
             )
