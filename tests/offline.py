@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from modelopt_sparse.kernels import (
     NMSparsity,
+    PagedKV,
     Phase,
     Plan,
     ScoreGrid,
@@ -89,6 +90,17 @@ def paged(page_size, plan=None, *, seqs=((300, 1), (300, 9000)), dims=(128, 128)
     k, v = (torch.zeros(1, page_size, 2, dim, dtype=torch.float16) for dim in dims)
     table = torch.zeros(2, -(-seqs.max_k // page_size), dtype=torch.int32)
     ops.run(checked(Call(q, k, v, seqs, plan or Plan(), block_tables=(table, table), **more)))
+
+
+def latent(heads=16, plan=None, dtype=torch.float16, page_size=64):
+    """Multi-head latent attention of two sequences that decode."""
+    seqs = Seqs.from_lengths([1, 2], [300, 9000])
+    pages = PagedKV.from_latent(
+        torch.zeros(1, page_size, 576, dtype=dtype), 512, torch.zeros(2, 300, dtype=torch.int32)
+    )
+    q = torch.zeros(3, heads, 576, dtype=dtype)
+    more = {"block_tables": pages.block_tables, "phase": Phase.DECODE}
+    ops.run(checked(Call(q, pages.k, pages.v, seqs, plan or Plan(), scale=0.1, **more)))
 
 
 def attend_in_tf32():
@@ -167,6 +179,8 @@ CASES = {
     "pages of 128 skip": lambda: paged(128, skip()),
     "pages of 16 2:4+skip": lambda: paged(16, skip(nm=TWO), window=100),
     "pages of 5": lambda: paged(5, skip(), bounds=BOUNDS),
+    "latent of 128 heads": lambda: latent(128),
+    "latent skip": lambda: latent(128, Plan(skip_decode=SkipSoftmaxDecode(0.1, vote_heads=16))),
     "dim 64": lambda: attend(dims=(64, 64)),
     "dim 64 skip": lambda: attend(skip(), dims=(64, 64)),
     "dim 80": lambda: attend(dims=(80, 80)),

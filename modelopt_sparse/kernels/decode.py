@@ -14,7 +14,7 @@ from modelopt_sparse.errors import UnsupportedCall, describe
 from . import arguments
 from .check import Call
 from .device.variant import Variant
-from .launch import Launch, decode_launch, shared_memory, thriftier
+from .launch import Launch, decode_launch, shared_memory, split_dim, thriftier
 from .launching import launch_first_that_fits
 from .programs.decode import decode_kernel
 from .programs.merge import merge_kernel
@@ -36,6 +36,8 @@ class DecodeVariant(Variant):
         HEADS: query heads of a program, rounded up to a power of two.
         ALL_DECODE: sequences of more than one row decode too.
         ONLY_SEEDS: nothing is computed but where the running max of each row begins.
+        REST, BLOCK_REST: channels behind the first HEAD_DIM, and the power of two that holds them.
+        V_IN_K: values are the first channels of keys, which are loaded once.
         IS_SPLIT: sums are stored for `merge_kernel`; else there is one split, and its sums are all.
     """
 
@@ -43,6 +45,9 @@ class DecodeVariant(Variant):
     ALL_DECODE: bool = False
     ONLY_SEEDS: bool = False
     IS_SPLIT: bool = False
+    REST: int = 0
+    BLOCK_REST: int = 0
+    V_IN_K: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def _launch(call: Call, results: Results) -> None:
         members * max_q,
         block_keys,
         shared_memory(q.device),
+        _has_values_in_keys(call),
     )
     least = (16, 16) if block_keys is None else (best.block_m, block_keys)
     launches = thriftier(best, *least)
@@ -125,7 +131,8 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         HEADS=triton.next_power_of_2(members),
         ALL_DECODE=call.phase is Phase.DECODE,
         IS_SPLIT=splits > 1,
-        **arguments.features(call),
+        V_IN_K=_has_values_in_keys(call),
+        **arguments.features(call) | _channels(q.shape[-1]),
     )
     blocks = triton.cdiv(members * max_q, C.BLOCK_M)
 
@@ -155,6 +162,23 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
             seqs.q_start, seqs.q_len, seqs.k_len, entries, heads, max_q, keys_of_split, call.sinks,
             results.bound, results.dropped, merged, num_warps=4,
         )  # fmt: skip
+
+
+def _channels(dim: int) -> dict[str, int]:
+    main, rest = split_dim(dim)
+    if not rest:
+        return {"HEAD_DIM": dim, "BLOCK_D": main}
+    return {"HEAD_DIM": main, "BLOCK_D": main, "REST": dim - main, "BLOCK_REST": rest}
+
+
+def _has_values_in_keys(call: Call) -> bool:
+    """Whether values are the first channels of the keys, as in a cache of latents."""
+    k, v = call.k, call.v
+    if k.data_ptr() != v.data_ptr() or k.stride() != v.stride() or k.shape[:-1] != v.shape[:-1]:
+        return False
+    if call.block_tables is not None and call.block_tables[0] is not call.block_tables[1]:
+        return False
+    return bool(v.shape[-1] == split_dim(k.shape[-1])[0])
 
 
 def split_keys(skip: SkipSoftmaxDecode | None) -> int:

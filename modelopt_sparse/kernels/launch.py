@@ -58,6 +58,13 @@ def block_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def split_dim(dim: int) -> tuple[int, int]:
+    """The powers of two that hold the first channels and the rest of them, if that is less than one power."""
+    whole = block_dim(dim)
+    rest = block_dim(dim - whole // 2)
+    return (whole // 2, rest) if whole > 16 and whole // 2 + rest < whole else (whole, 0)
+
+
 @lru_cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may use on a device."""
@@ -148,7 +155,12 @@ def _exact_warps(block_m: int, block_n: int, dim: int) -> int:
 
 
 def decode_launch(
-    dims: tuple[int, int], itemsize: int, rows: int, block_keys: int | None, capacity: int
+    dims: tuple[int, int],
+    itemsize: int,
+    rows: int,
+    block_keys: int | None,
+    capacity: int,
+    v_in_k: bool = False,
 ) -> Launch:
     """The launch of the decode kernel.
 
@@ -156,6 +168,7 @@ def decode_launch(
         dims: head dims of q and v. itemsize: bytes of an element.
         rows: of the heads of a program. block_keys: of a decision tile, if tiles are skipped.
         capacity: bytes of shared memory.
+        v_in_k: values are keys, so that one load does.
     """
     block_m = max(16, triton.next_power_of_2(rows))
     is_deciding = block_keys is not None
@@ -163,11 +176,13 @@ def decode_launch(
     if not is_deciding:
         block_m = min(block_m, 64)
         block_n = 64 if itemsize == 2 else 32
-    bytes_k = block_n * block_dim(dims[0]) * itemsize
-    bytes_v = block_n * block_dim(dims[1]) * itemsize
+    bytes_q = block_m * sum(split_dim(dims[0])) * itemsize
+    bytes_k = block_n * sum(split_dim(dims[0])) * itemsize
+    bytes_v = 0 if v_in_k else block_n * block_dim(dims[1]) * itemsize
     # Values that may be skipped aren't loaded ahead.
     ahead, once = (bytes_k, bytes_v) if is_deciding else (bytes_k + bytes_v, 0)
     # Half the memory, so that two programs share a multiprocessor, if a tile can be loaded ahead.
+    once += bytes_q
     room = capacity // 2 if capacity // 2 >= once + 2 * ahead else capacity
     stages = max(1, min(3, (room - once) // ahead))
     warps = 8 if block_m >= 64 else 4

@@ -38,6 +38,21 @@ class PagedKV:
         """A cache whose pages have their heads first: k [pages, Hk, page_size, D]. Nothing is copied."""
         return cls(k.transpose(1, 2), v.transpose(1, 2), block_table, v_block_table)
 
+    @classmethod
+    def from_latent(cls, latents: Tensor, value_dim: int, block_table: Tensor) -> PagedKV:
+        """A cache of latents, as multi-head latent attention keeps: one head, whose keys hold its values.
+
+        Sequences that decode load both at once. The queries are the absorbed ones; give their ``scale``,
+        which isn't D ** -0.5.
+
+        Args:
+            latents: [pages, page_size, D], the latent and then the rotary channels: 512 + 64.
+            value_dim: channels of the latent.
+        Source: DeepSeek-V2 (arXiv 2405.04434).
+        """
+        keys = latents.unsqueeze(2)
+        return cls(keys, keys[..., :value_dim], block_table)
+
     @property
     def block_tables(self) -> tuple[Tensor, Tensor]:
         """The table of `k`, and that of `v`."""

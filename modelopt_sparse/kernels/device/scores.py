@@ -42,14 +42,13 @@ def columns_to_keys(C: tl.constexpr):
 
 
 @triton.jit
-def load_keys(base, stride, tile, is_key, C: tl.constexpr, IS_V: tl.constexpr):
-    """The keys (or values) of a tile in the order of its columns, 0 where not `is_key`: [BLOCK_N, BLOCK_D].
+def load_keys(base, stride, tile, is_key, C: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The keys (or values) of a tile in the order of its columns, 0 where not `is_key`: [BLOCK_N, BLOCK].
 
     Args:
+        base: pointer to the head's first channel of the sequence's first key. stride: from key to key.
         is_key: bool [BLOCK_N], or None for all.
     """
-    DIM: tl.constexpr = C.HEAD_DIM_V if IS_V else C.HEAD_DIM
-    BLOCK: tl.constexpr = C.BLOCK_DV if IS_V else C.BLOCK_D
     tile_base = base + (tile * C.BLOCK_N).to(tl.int64) * stride
     x = load_rows(tile_base, stride, columns_to_keys(C), is_key, DIM, BLOCK)
     return x.to(tl.float32) if C.UPCAST else x
@@ -65,28 +64,32 @@ def pages_of(table, table_stride, page_stride, sequence, C: tl.constexpr):
 
 
 @triton.jit
-def load_paged(base, stride, pages, tile, is_key, C: tl.constexpr, IS_V: tl.constexpr):
-    """`load_keys` of a sequence in pages.
+def load_paged(
+    base, stride, pages, tile, is_key, C: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`load_keys` of keys that may be in pages.
 
     Args:
-        base: pointer to the head's first channel of slot 0 of page 0. stride: from slot to slot.
+        base: where they are, pointer to the head's first channel of slot 0 of page 0. stride: from slot to
+            slot.
         pages: (pointer to the sequence's page numbers, elements from page to page).
     """
-    DIM: tl.constexpr = C.HEAD_DIM_V if IS_V else C.HEAD_DIM
-    BLOCK: tl.constexpr = C.BLOCK_DV if IS_V else C.BLOCK_D
-    table, page_stride = pages
-    if C.PAGE % C.BLOCK_N == 0:
-        # A tile lies in one page.
-        TILES: tl.constexpr = C.PAGE // C.BLOCK_N
-        page = tl.load(table + tile // TILES).to(tl.int64)
-        base += page * page_stride + (tile % TILES * C.BLOCK_N).to(tl.int64) * stride
-        x = load_rows(base, stride, columns_to_keys(C), is_key, DIM, BLOCK)
+    if C.PAGE == 0:
+        return load_keys(base, stride, tile, is_key, C, DIM, BLOCK)
     else:
-        keys = tile * C.BLOCK_N + columns_to_keys(C)
-        page = tl.load(table + keys // C.PAGE, mask=is_key).to(tl.int64)
-        bases = base + (page * page_stride)[:, None]
-        x = load_rows(bases, stride, keys % C.PAGE, is_key, DIM, BLOCK)
-    return x.to(tl.float32) if C.UPCAST else x
+        table, page_stride = pages
+        if C.PAGE % C.BLOCK_N == 0:
+            # A tile lies in one page.
+            TILES: tl.constexpr = C.PAGE // C.BLOCK_N
+            page = tl.load(table + tile // TILES).to(tl.int64)
+            base += page * page_stride + (tile % TILES * C.BLOCK_N).to(tl.int64) * stride
+            x = load_rows(base, stride, columns_to_keys(C), is_key, DIM, BLOCK)
+        else:
+            keys = tile * C.BLOCK_N + columns_to_keys(C)
+            page = tl.load(table + keys // C.PAGE, mask=is_key).to(tl.int64)
+            bases = base + (page * page_stride)[:, None]
+            x = load_rows(bases, stride, keys % C.PAGE, is_key, DIM, BLOCK)
+        return x.to(tl.float32) if C.UPCAST else x
 
 
 @triton.jit
@@ -94,18 +97,17 @@ def load_k(kv, tile, is_key, C: tl.constexpr, IS_EDGE: tl.constexpr):
     """The keys of a tile: [BLOCK_N, BLOCK_D].
 
     Args:
-        kv: (k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages): pointers to the sequence's first key;
-            where C.BOXES, boxes are (descriptor [.., D], row of the sequence's first key, column of the
-            head); pages as for `load_paged`.
+        kv: (k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages): pointers, strides and pages as for
+            `load_paged`; where C.BOXES, boxes are (descriptor [.., D], row of the sequence's first key,
+            column of the head).
         is_key: bool [BLOCK_N], the columns to load at an edge; elsewhere all are. By boxes all are loaded at
             edges too: what a hidden key holds reaches hidden scores only.
     """
     k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages = kv
-    if C.PAGE > 0:
-        return load_paged(k, k_stride, k_pages, tile, is_key if IS_EDGE else None, C, False)
     if C.BOXES:
         return k_box[0].load([k_box[1] + tile * C.BLOCK_N, k_box[2]])
-    return load_keys(k, k_stride, tile, is_key if IS_EDGE else None, C, False)
+    shown = is_key if IS_EDGE else None
+    return load_paged(k, k_stride, k_pages, tile, shown, C, C.HEAD_DIM, C.BLOCK_D)
 
 
 @triton.jit
@@ -113,33 +115,33 @@ def load_v(
     kv, tile, keys, is_key, low, high, sees, has_gaps, grids,
     C: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The values of a tile: [BLOCK_N, BLOCK_DV].
-
-    At an edge, those of keys that no row sees are 0, so that a NaN in an unused place reaches nobody.
-
-    Args:
-        has_gaps: between the keys that rows see may lie some that none does.
-    """
+    """The values of a tile: [BLOCK_N, BLOCK_DV]. At an edge as `only_seen` leaves them."""
     k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages = kv
     if IS_EDGE:
-        if C.PAGE > 0:
-            values = load_paged(v, v_stride, v_pages, tile, is_key, C, True)
-        else:
-            values = load_keys(v, v_stride, tile, is_key, C, True)
-        mask, bias = grids
-        if C.HAS_GRIDS:
-            seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
-            values = tl.where(seen[:, None], values, 0.0).to(values.dtype)
-        elif C.HAS_BOUNDS:
-            if has_gaps:
-                seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
-                values = tl.where(seen[:, None], values, 0.0).to(values.dtype)
-        return values
-    if C.PAGE > 0:
-        return load_paged(v, v_stride, v_pages, tile, None, C, True)
+        values = load_paged(v, v_stride, v_pages, tile, is_key, C, C.HEAD_DIM_V, C.BLOCK_DV)
+        return only_seen(values, keys, low, high, sees, has_gaps, grids, C)
     if C.BOXES:
         return v_box[0].load([v_box[1] + tile * C.BLOCK_N, v_box[2]])
-    return load_keys(v, v_stride, tile, None, C, True)
+    return load_paged(v, v_stride, v_pages, tile, None, C, C.HEAD_DIM_V, C.BLOCK_DV)
+
+
+@triton.jit
+def only_seen(values, keys, low, high, sees, has_gaps, grids, C: tl.constexpr):
+    """Values of which those of keys that no row sees are 0, so that a NaN in an unused place reaches nobody.
+
+    Args:
+        values: [BLOCK_N, BLOCK_DV], 0 before the first key that a row sees, and after the last.
+        has_gaps: in between may lie some that none does.
+    """
+    mask, bias = grids
+    if C.HAS_GRIDS:
+        seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
+        values = tl.where(seen[:, None], values, 0.0).to(values.dtype)
+    elif C.HAS_BOUNDS:
+        if has_gaps:
+            seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
+            values = tl.where(seen[:, None], values, 0.0).to(values.dtype)
+    return values
 
 
 @triton.jit

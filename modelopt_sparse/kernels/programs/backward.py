@@ -296,8 +296,8 @@ def key_gradient_kernel(
     v_token, v_head = v_strides
     k += first_key * k_token + kv_head.to(tl.int64) * k_head
     v += first_key * v_token + kv_head.to(tl.int64) * v_head
-    k_tile = load_keys(k, k_token, tile, is_key, C, False)
-    v_tile = load_keys(v, v_token, tile, is_key, C, True)
+    k_tile = load_keys(k, k_token, tile, is_key, C, C.HEAD_DIM, C.BLOCK_D)
+    v_tile = load_keys(v, v_token, tile, is_key, C, C.HEAD_DIM_V, C.BLOCK_DV)
     scale_log2 = scale * LOG2_E
     factor = scale_log2 if C.IS_RAW else 1.0
     numbers = (factor, scale_log2, softcap, (num_sink_tokens, dense_window_size))

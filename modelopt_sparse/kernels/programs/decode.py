@@ -15,8 +15,10 @@ from modelopt_sparse.kernels.device.scores import (
     columns_to_keys,
     grid_pointers,
     load_k,
+    load_paged,
     load_rows,
     load_v,
+    only_seen,
     pages_of,
     transform,
     visible,
@@ -35,22 +37,32 @@ _FAR = tl.constexpr(2**30)
 def seen_scores(q, tile, kv, rows, grids, numbers, C: tl.constexpr):
     """Scores of a tile, and each row's largest.
 
+    Args:
+        q: ([BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_REST]), the second for C.REST > 0: a head dim that is two
+            powers of two costs less as two products than as the next power.
+
     Returns:
         scores [BLOCK_M, BLOCK_N], times `factor` log2; -inf where a row doesn't see a key.
         largest [BLOCK_M] log2; inf where a score is NaN.
+        k_tile: the keys [BLOCK_N, BLOCK_D], without the rest of their channels.
     """
     low, high, is_row, first_key, stop_key, _has_gaps = rows
     mask, bias = grids
     n_k, factor, scale_log2, softcap = numbers
     keys = tile * C.BLOCK_N + columns_to_keys(C)
-    k_tile = load_k(kv, tile, (keys >= first_key) & (keys < stop_key), C, True)
-    scores = tl.dot(q, tl.trans(k_tile), input_precision=C.PRECISION)
+    is_key = (keys >= first_key) & (keys < stop_key)
+    k_tile = load_k(kv, tile, is_key, C, True)
+    scores = tl.dot(q[0], tl.trans(k_tile), input_precision=C.PRECISION)
+    if C.REST > 0:
+        base = kv[0] + C.HEAD_DIM
+        rest = load_paged(base, kv[2], kv[6], tile, is_key, C, C.REST, C.BLOCK_REST)
+        scores = tl.dot(q[1], tl.trans(rest), scores, input_precision=C.PRECISION)
     scores = transform(scores, keys, n_k, is_row, bias, scale_log2, softcap, C)
     seen = visible(keys, low, high, is_row, mask, bias, C)
     scores = tl.where(seen, scores, float("-inf"))
     # The max of numbers and a NaN is a number: a tile must not be skipped that has one.
     largest = tl.max(tl.where(scores == scores, scores, float("inf")), 1) * factor
-    return scores, largest
+    return scores, largest, k_tile
 
 
 @triton.jit
@@ -71,7 +83,7 @@ def seed_of_rows(q, top, bottom, kv, rows, grids, numbers, C: tl.constexpr):
     seed = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     for visit in tl.range(0, n_last + n_first, num_stages=C.STAGES):
         tile = tl.where(visit < n_last, greatest_last - visit, least_first + visit - n_last)
-        _scores, largest = seen_scores(q, tile, kv, rows, grids, numbers, C)
+        _scores, largest, _k_tile = seen_scores(q, tile, kv, rows, grids, numbers, C)
         seed = tl.maximum(seed, tl.where((tile == last) | (tile == first), largest, float("-inf")))
     return seed
 
@@ -109,7 +121,7 @@ def attend_decode(q, top, bottom, kv, rows, grids, numbers, skipping, words, C: 
         tile = top - visit
         keys = tile * C.BLOCK_N + columns_to_keys(C)
         is_key = (keys >= first_key) & (keys < stop_key)
-        scores, tile_max = seen_scores(q, tile, kv, rows, grids, numbers, C)
+        scores, tile_max, k_tile = seen_scores(q, tile, kv, rows, grids, numbers, C)
         any_kept = True
         if C.SKIP:
             local = tl.where((tile + 1) % segment_tiles == 0, seed, local)
@@ -131,7 +143,10 @@ def attend_decode(q, top, bottom, kv, rows, grids, numbers, skipping, words, C: 
             local = tl.maximum(local, tile_max)
 
         if any_kept:
-            v_tile = load_v(kv, tile, keys, is_key, low, high, is_row, has_gaps, grids, C, True)
+            if C.V_IN_K:
+                v_tile = only_seen(k_tile, keys, low, high, is_row, has_gaps, grids, C)
+            else:
+                v_tile = load_v(kv, tile, keys, is_key, low, high, is_row, has_gaps, grids, C, True)
             running, pivot, alpha = rescale(running, tile_max)
             p = tl.exp2(scores * factor - pivot[:, None])
             acc *= alpha[:, None]
@@ -222,8 +237,14 @@ def decode_kernel(
     q_token, q_head = q_strides
     each_head = head.to(tl.int64)[:, None]
     q_tile = load_rows(q + each_head * q_head, q_token, row, is_row, C.HEAD_DIM, C.BLOCK_D)
+    q_rest = q_tile
+    if C.REST > 0:
+        rest = q + C.HEAD_DIM + each_head * q_head
+        q_rest = load_rows(rest, q_token, row, is_row, C.REST, C.BLOCK_REST)
     if C.UPCAST:
         q_tile = q_tile.to(tl.float32)
+        q_rest = q_rest.to(tl.float32)
+    q_tile = (q_tile, q_rest)
     mask_pointers = grid_pointers(
         mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
         sequence, each_head, index, C.HAS_MASK,

@@ -116,7 +116,7 @@ def query_gradients(
         # Without a visit there is no tile either, and no key is below this limit.
         limit = tl.where(start < stop, n_k, -(2**30))
         tile = visited_tile(tl.minimum(start, stop - 1), top, given, start < stop, C)
-        v_tile = load_keys(v, v_stride, tile, keys_of(tile, C) < limit, C, True)
+        v_tile = load_keys(v, v_stride, tile, keys_of(tile, C) < limit, C, C.HEAD_DIM_V, C.BLOCK_DV)
         d_p = tl.dot(d_out, tl.trans(v_tile), input_precision=C.PRECISION)
     for at in tl.range(start, stop, num_stages=C.STAGES):
         visit = at
@@ -136,8 +136,8 @@ def query_gradients(
             if C.HAS_GRIDS or C.HAS_BOUNDS:
                 seen = visible(keys, low, high, takes_rows, mask, bias, C)
                 is_key = is_key & (tl.max(seen.to(tl.int32), 0) != 0)
-            k_tile = load_keys(k, k_stride, tile, is_key, C, False)
-            v_tile = load_keys(v, v_stride, tile, is_key, C, True)
+            k_tile = load_keys(k, k_stride, tile, is_key, C, C.HEAD_DIM, C.BLOCK_D)
+            v_tile = load_keys(v, v_stride, tile, is_key, C, C.HEAD_DIM_V, C.BLOCK_DV)
         else:
             # Ahead: the product with the values of the next visit runs while exponentials are taken.
             v_number = tile
@@ -147,8 +147,8 @@ def query_gradients(
                 k_tile = k_box[0].load([k_box[1] + tile * C.BLOCK_N, k_box[2]])
                 v_tile = v_box[0].load([v_box[1] + v_number * C.BLOCK_N, v_box[2]])
             else:
-                k_tile = load_keys(k, k_stride, tile, None, C, False)
-                v_tile = load_keys(v, v_stride, v_number, None, C, True)
+                k_tile = load_keys(k, k_stride, tile, None, C, C.HEAD_DIM, C.BLOCK_D)
+                v_tile = load_keys(v, v_stride, v_number, None, C, C.HEAD_DIM_V, C.BLOCK_DV)
         product = tl.dot(q, tl.trans(k_tile), input_precision=C.PRECISION)
         if AHEAD:
             # Before the next product is under way, so that it may use the same registers.
