@@ -13,6 +13,7 @@ from modelopt_sparse.kernels.launch import (
     backward_launch,
     block_dim,
     prefill_launch,
+    split_dim,
     thriftier,
 )
 
@@ -96,7 +97,8 @@ def test_decode_launches_are_legal():
         else:
             # All rows that vote together are in one program.
             assert launch.block_n == keys and rows <= launch.block_m <= MOST_ROWS
-        of_keys, of_values = (launch.block_n * block_dim(dim) * size for dim in dims)
+        of_keys = launch.block_n * sum(split_dim(dims[0])) * size
+        of_values = launch.block_n * block_dim(dims[1]) * size
         # Values of tiles that may be skipped are loaded one tile at a time.
         values = of_values if keys is not None else launch.stages * of_values
         assert launch.stages * of_keys + values <= capacity or launch.stages == 1
