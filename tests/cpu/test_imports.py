@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"patterns"},
     "modes": {"version"},
     "version": set(),
-    "integrations": {"config", "kernels.api", "kernels.types", "modes", "module"},
+    "integrations": {"config", "kernels.api", "kernels.pages", "kernels.types", "modes", "module"},
     "convert": {"config", "integrations", "methods", "models", "modes", "module"},
     "sparse_mode": {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
