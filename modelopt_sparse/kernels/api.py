@@ -10,8 +10,8 @@ from torch import Tensor
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, UnsupportedCall, describe
 
 from .backends import run, run_reference, run_triton
-from .check import Call, check_qkv, checked
-from .check_values import check_bool, check_int, check_tensor
+from .check import Call, checked
+from .check_values import check_int
 from .pages import PagedKV
 from .types import (
     DENSE,
@@ -205,29 +205,22 @@ def attention(
     Raises:
         ArgumentError, ArgumentTypeError, UnsupportedCall: as for `attention_varlen`.
     """
-    check_qkv(q, k, v)
-    check_bool("is_causal", is_causal)
-    check_tensor("b_start_loc", b_start_loc, q, shape=(-1,), dtype=torch.int32)
-    batch = tuple(b_start_loc.shape)
-    check_tensor("b_seq_len", b_seq_len, q, shape=batch, dtype=torch.int32)
-    check_int("max_input_len", max_input_len, least=0)
-    keys = {
-        "b_start_loc_k": b_start_loc_k,
-        "b_seq_len_k": b_seq_len_k,
-        "max_input_len_k": max_input_len_k,
-    }
-    missing = [name for name, value in keys.items() if value is None]
-    if 0 < len(missing) < len(keys):
-        raise ArgumentError(describe(missing[0], "None", f"all of {', '.join(keys)}, or none"))
     if b_start_loc_k is None or b_seq_len_k is None or max_input_len_k is None:
+        keys = {
+            "b_start_loc_k": b_start_loc_k,
+            "b_seq_len_k": b_seq_len_k,
+            "max_input_len_k": max_input_len_k,
+        }
+        missing = [name for name, value in keys.items() if value is None]
+        if len(missing) < len(keys):
+            raise ArgumentError(describe(missing[0], "None", f"all of {', '.join(keys)}, or none"))
         b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
-    check_tensor("b_start_loc_k", b_start_loc_k, q, shape=batch, dtype=torch.int32)
-    check_tensor("b_seq_len_k", b_seq_len_k, q, shape=batch, dtype=torch.int32)
-    check_int("max_input_len_k", max_input_len_k, least=0)
     plan = Plan(
         nm=_nm(sparsity_n, sparsity_m, num_sink_tokens, dense_window_size),
-        skip=SkipSoftmax(skip_softmax_threshold),
-        skip_decode=SkipSoftmaxDecode(skip_softmax_threshold),
+        skip=None if skip_softmax_threshold is None else SkipSoftmax(skip_softmax_threshold),
+        skip_decode=(
+            None if skip_softmax_threshold is None else SkipSoftmaxDecode(skip_softmax_threshold)
+        ),
     )
     seqs = Seqs(b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, max_input_len, max_input_len_k)
     try:
@@ -245,6 +238,7 @@ _OWN_NAMES = {
     "seqs.k_start": "b_start_loc_k",
     "seqs.k_len": "b_seq_len_k",
     "seqs.max_k": "max_input_len_k",
+    "causal": "is_causal",
     "scale": "softmax_scale",
     "n": "sparsity_n",
     "m": "sparsity_m",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -133,12 +133,10 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
         return None
     if not isinstance(skip, kind):
         raise ArgumentTypeError(describe(name, repr(skip), f"a {kind.__name__} or None"))
-    for field in fields(skip):
-        value = getattr(skip, field.name)
-        if field.name in ("block_rows", "block_keys"):
-            _check_tile_size(field.name, value)
-        elif field.name == "exact_normalizer":
-            check_bool(field.name, value)
+    if isinstance(skip, SkipSoftmax):
+        _check_tile_size("block_rows", skip.block_rows)
+    _check_tile_size("block_keys", skip.block_keys)
+    check_bool("exact_normalizer", skip.exact_normalizer)
     if isinstance(skip, SkipSoftmaxDecode):
         check_int("segment_keys", skip.segment_keys, least=1)
         if skip.segment_keys % skip.block_keys:
@@ -159,6 +157,8 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
     threshold = check_threshold("threshold", skip.threshold, batch, heads, call.q.device)
     if threshold is None and not counted:
         return None
+    if threshold is skip.threshold and not counted:
+        return skip
     return replace(skip, threshold=threshold, count_thresholds=counted)
 
 

@@ -30,10 +30,11 @@ def check_tensor(
     """`value` is a tensor of this shape (-1: any) and dtype on the device of `q`."""
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(describe(name, type(value).__name__, "a tensor"))
-    wrong_shape = value.ndim != len(shape) or any(
-        want not in (-1, got) for got, want in zip(value.shape, shape, strict=True)
-    )
-    if wrong_shape:
+    found = value.shape
+    if found != shape and (
+        len(found) != len(shape)
+        or any(want not in (-1, got) for got, want in zip(found, shape, strict=True))
+    ):
         raise ArgumentError(describe(name, f"shape {tuple(value.shape)}", f"shape {list(shape)}"))
     if (dtype is not None and value.dtype != dtype) or (floating and not value.is_floating_point()):
         raise ArgumentError(describe(name, str(value.dtype), str(dtype or "a floating dtype")))
@@ -49,14 +50,16 @@ def check_bool(name: str, value: object) -> None:
 
 def check_int(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """`value` is an int (no bool) within the limits."""
+    # Which type it is costs less to ask than whether it is a number, and stands before every launch.
+    is_int = type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+    number = int(value) if is_int else 0
+    if is_int and (least is None or number >= least) and (most is None or number <= most):
+        return number
     low, high = "any" if least is None else least, "any" if most is None else most
     takes = "an int" if least is most is None else f"an int from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_int:
         raise ArgumentTypeError(describe(name, repr(value), takes))
-    number = int(value)
-    if (least is not None and number < least) or (most is not None and number > most):
-        raise ArgumentError(describe(name, number, takes))
-    return number
+    raise ArgumentError(describe(name, number, takes))
 
 
 def check_number(name: str, value: Any) -> float:

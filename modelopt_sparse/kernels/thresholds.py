@@ -13,7 +13,7 @@ from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, describe
 _TAKES = "None, or a fraction: 0 (dense) or a number in (0, 1]"
 
 
-def as_float(value: Real) -> float:
+def as_float(value: Real | float) -> float:
     """The number as a float; infinite where it is too large for one."""
     try:
         return float(value)
@@ -23,7 +23,7 @@ def as_float(value: Real) -> float:
 
 def check_fraction(name: str, value: object) -> float:
     """A lambda given as a number: finite and in [0, 1]. ``-0.0`` becomes ``0.0``."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise ArgumentTypeError(describe(name, repr(value), _TAKES))
     number = as_float(value)
     if not 0.0 <= number <= 1.0:
