@@ -34,7 +34,7 @@ from modelopt_sparse.kernels import (
     ops,
     prefill,
 )
-from modelopt_sparse.kernels.check import Call, checked
+from modelopt_sparse.kernels.check import FP8, Call, checked
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ def attend(
         (found.out.sum() + found.lse.sum()).backward()
 
 
-def paged(page_size, plan=None, *, seqs=((300, 1), (300, 9000)), dims=(128, 128), **more):
+def paged(
+    page_size, plan=None, *, seqs=((300, 1), (300, 9000)), dims=(128, 128), dtype=torch.float16, **more
+):  # fmt: skip
     """A call with keys in pages."""
     seqs = Seqs.from_lengths(*map(list, seqs))
     q = torch.zeros(int(seqs.q_len.sum()), 4, dims[0], dtype=torch.float16)
-    k, v = (torch.zeros(1, page_size, 2, dim, dtype=torch.float16) for dim in dims)
+    k, v = (torch.zeros(1, page_size, 2, dim).to(dtype) for dim in dims)
     table = torch.zeros(2, -(-seqs.max_k // page_size), dtype=torch.int32)
     ops.run(checked(Call(q, k, v, seqs, plan or Plan(), block_tables=(table, table), **more)))
 
@@ -96,9 +98,9 @@ def latent(heads=16, plan=None, dtype=torch.float16, page_size=64):
     """Multi-head latent attention of two sequences that decode."""
     seqs = Seqs.from_lengths([1, 2], [300, 9000])
     pages = PagedKV.from_latent(
-        torch.zeros(1, page_size, 576, dtype=dtype), 512, torch.zeros(2, 300, dtype=torch.int32)
+        torch.zeros(1, page_size, 576).to(dtype), 512, torch.zeros(2, 300, dtype=torch.int32)
     )
-    q = torch.zeros(3, heads, 576, dtype=dtype)
+    q = torch.zeros(3, heads, 576, dtype=torch.bfloat16 if dtype == FP8 else dtype)
     more = {"block_tables": pages.block_tables, "phase": Phase.DECODE}
     ops.run(checked(Call(q, pages.k, pages.v, seqs, plan or Plan(), scale=0.1, **more)))
 
@@ -179,6 +181,9 @@ CASES = {
     "pages of 128 skip": lambda: paged(128, skip()),
     "pages of 16 2:4+skip": lambda: paged(16, skip(nm=TWO), window=100),
     "pages of 5": lambda: paged(5, skip(), bounds=BOUNDS),
+    "pages of 8 bits": lambda: paged(64, dtype=FP8),
+    "pages of 8 bits skip": lambda: paged(16, skip(), dtype=FP8),
+    "latent of 8 bits": lambda: latent(128, dtype=FP8),
     "latent of 128 heads": lambda: latent(128),
     "latent skip": lambda: latent(128, Plan(skip_decode=SkipSoftmaxDecode(0.1, vote_heads=16))),
     "dim 64": lambda: attend(dims=(64, 64)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypedDict, Unpack
+from dataclasses import replace
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, Unsupported
 
 from .backends import run, run_reference, run_triton
 from .check import Call, checked
-from .check_values import check_int
+from .check_values import check_int, check_number
 from .pages import PagedKV
 from .types import (
     DENSE,
@@ -152,7 +153,13 @@ def attention_paged(
     if not isinstance(cache, PagedKV):
         raise ArgumentTypeError(describe("cache", repr(cache), "a PagedKV"))
     options.setdefault("plan", DENSE)
-    call = checked(Call(q, cache.k, cache.v, seqs, block_tables=cache.block_tables, **options))
+    k_scale = check_number("cache.k_scale", cache.k_scale)
+    v_scale = check_number("cache.v_scale", cache.v_scale)
+    more: dict[str, Any] = {"block_tables": cache.block_tables, "v_scale": v_scale}
+    call = checked(Call(q, cache.k, cache.v, seqs, **more, **options))
+    if k_scale != 1:
+        assert call.scale is not None
+        call = replace(call, scale=call.scale * k_scale)
     bias = None if call.bias is None else call.bias.values
     wants_grad = any(
         x is not None and x.requires_grad for x in (q, call.k, call.v, call.sinks, bias)

@@ -7,12 +7,19 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from .check import Call
 from .launch import block_dim
 from .thresholds import log2_threshold
 from .types import NMSparsity, ScoreGrid, Seqs, SkipSoftmax, SkipSoftmaxDecode
+
+_ELEMENT = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
 
 # Lengths, windows and counts are below this, so that their sums are int32.
 FAR = 2**30
@@ -22,6 +29,8 @@ def features(call: Call) -> dict[str, Any]:
     """The constants of a `Variant` that follow from the call alone."""
     dims = call.q.shape[-1], call.v.shape[-1]
     is_fp32 = call.q.dtype == torch.float32
+    is_upcast = call.q.dtype == torch.bfloat16 and call.q.device.type == "cpu"
+    as_q = None if call.k.dtype == call.q.dtype else _ELEMENT[call.q.dtype]
     is_exact = is_fp32 and torch.get_float32_matmul_precision() == "highest"
     return {
         "HEAD_DIM": dims[0],
@@ -38,7 +47,8 @@ def features(call: Call) -> dict[str, Any]:
         "HAS_SOFTCAP": call.softcap is not None,
         "HAS_SINKS": call.sinks is not None,
         "PRECISION": "tf32" if is_fp32 and not is_exact else "ieee",
-        "UPCAST": call.q.dtype == torch.bfloat16 and call.q.device.type == "cpu",
+        "UPCAST": is_upcast,
+        "KV_AS": tl.float32 if is_upcast else as_q,
     }
 
 

@@ -28,6 +28,7 @@ from .types import (
 S = TypeVar("S", SkipSoftmax, SkipSoftmaxDecode)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FP8 = torch.float8_e4m3fn
 TILE_SIZES = (16, 32, 64, 128)
 
 
@@ -51,6 +52,7 @@ class Call:
     phase: Phase | None = None
     details: bool = False
     block_tables: tuple[Tensor, Tensor] | None = None  # of k and v, whose first dims are pages then
+    v_scale: float = 1.0  # of values in 8 bits; that of keys is in the scale
 
 
 def checked(call: Call) -> Call:
@@ -207,9 +209,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, is_paged: bool = False) -> None:
         axes = paged if is_paged and name != "q" else "[tokens, heads, head_dim]"
         if x.ndim != axes.count(",") + 1 or 0 in x.shape[1:]:
             raise ArgumentError(describe(name, f"shape {tuple(x.shape)}", axes))
-        if x.dtype not in DTYPES:
+        is_quantized = axes is paged and x.dtype == FP8
+        if x.dtype not in DTYPES and not is_quantized:
             raise ArgumentError(describe(name, str(x.dtype), ", ".join(map(str, DTYPES))))
-        if x.dtype != q.dtype or x.device != q.device:
+        if (x.dtype != q.dtype and not is_quantized) or x.device != q.device:
             got, takes = f"{x.dtype} on {x.device}", f"{q.dtype} on {q.device}, as q"
             raise ArgumentError(describe(name, got, takes))
         if x.stride(-1) != 1 and x.shape[-1] > 1:
@@ -223,6 +226,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, is_paged: bool = False) -> None:
     if q.shape[1] % k.shape[-2]:
         takes = f"a divisor of the {q.shape[1]} query heads"
         raise ArgumentError(describe("k", f"{k.shape[-2]} heads", takes))
+    if v.dtype != k.dtype:
+        raise ArgumentError(describe("v", str(v.dtype), f"{k.dtype}, as k"))
     # Pages of k and of v may be in caches of different sizes.
     first = int(is_paged)
     if v.shape[first:-1] != k.shape[first:-1]:

@@ -145,7 +145,7 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
             keys_of_split // C.BLOCK_N, entries,
             call.bounds, arguments.window(call.window),
             *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
-            call.sinks, call.scale, call.softcap or 0.0,
+            call.sinks, call.scale, call.softcap or 0.0, call.v_scale,
             *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip),
             results.decode, skip.segment_keys // skip.block_keys if skip else 1,
             words, 0 if words is None else words.shape[2], results.bound, results.dropped,
@@ -160,7 +160,7 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         merge_kernel[(entries,)](
             sums, out_of_splits, results.out, results.lse, arguments.strides(results.out),
             seqs.q_start, seqs.q_len, seqs.k_len, entries, heads, max_q, keys_of_split, call.sinks,
-            results.bound, results.dropped, merged, num_warps=4,
+            call.v_scale, results.bound, results.dropped, merged, num_warps=4,
         )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def flatten(call: Call) -> FlatCall:
         *((tiles.block_rows or 0, tiles.block_keys) if tiles else (0, 0)),
         sum((x is not None) << i for i, x in enumerate(tensors)),
     ]  # fmt: skip
-    floats = [call.scale, call.softcap or 0.0, skip_number, decode_number]
+    floats = [call.scale, call.softcap or 0.0, call.v_scale, skip_number, decode_number]
     return FlatCall(
         call.q,
         call.k,
@@ -84,7 +84,7 @@ def unflatten(
         rows, keys, exact, n_counted, decode_keys, segment_keys, vote_heads, decode_exact,
         given_rows, given_keys, present,
     ) = ints  # fmt: skip
-    scale, softcap, skip_number, decode_number, *counted = floats
+    scale, softcap, v_scale, skip_number, decode_number, *counted = floats
     found = iter(tensors)
     (
         q_start, q_len, k_start, k_len, bounds, mask, mask_rows, mask_keys, bias_rows, bias_keys,
@@ -111,7 +111,7 @@ def unflatten(
         sinks, bounds,
         None if mask is None else ScoreGrid(mask, mask_rows, mask_keys),
         None if bias is None else ScoreGrid(bias, bias_rows, bias_keys),
-        phase, bool(details), None if k_table is None or v_table is None else (k_table, v_table),
+        phase, bool(details), None if k_table is None or v_table is None else (k_table, v_table), v_scale,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from modelopt_sparse.errors import UnsupportedCall, describe
 
 from .backward import backward
-from .check import Call
+from .check import FP8, Call
 from .flat import flatten, unflatten
 from .forward import forward
 from .results import Results, allocate
@@ -41,6 +41,10 @@ def run(call: Call) -> AttentionOutput:
         remedy = "Use attention_reference (backend 'pytorch')."
         takes = "float16, bfloat16 or float32 in the Triton kernels"
         raise UnsupportedCall(describe("q", "torch.float64", takes, remedy))
+    if call.k.dtype == FP8 and not _has_fp8(call.q.device):
+        remedy = "Keep the cache in the dtype of the queries, or use attention_reference."
+        takes = "a GPU of compute capability 8.9 or above for keys in 8 bits"
+        raise UnsupportedCall(describe("k", f"{call.k.dtype} on {call.k.device}", takes, remedy))
     given, call = call, _with_positive_scale(call)
     bias = None if call.bias is None else call.bias.values
     differentiable = (call.q, call.k, call.v, call.sinks, bias)
@@ -54,6 +58,12 @@ def run(call: Call) -> AttentionOutput:
     else:
         results = forward(call, keep_tiles=False)
     return _output(given, results)
+
+
+def _has_fp8(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _with_positive_scale(call: Call) -> Call:

@@ -24,22 +24,35 @@ class PagedKV:
         block_table: int32 [B, pages of a sequence], numbers of pages of `k`. Entries behind a sequence's
             last key aren't read.
         v_block_table: the same for `v`; None: those of `k`.
+        k_scale, v_scale: what stored keys and values are multiplied with; for float8_e4m3fn, which `k` and
+            `v` may hold beside queries of any other dtype.
     """
 
     k: Tensor
     v: Tensor
     block_table: Tensor
     v_block_table: Tensor | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     @classmethod
     def from_hnd(
-        cls, k: Tensor, v: Tensor, block_table: Tensor, v_block_table: Tensor | None = None
+        cls,
+        k: Tensor,
+        v: Tensor,
+        block_table: Tensor,
+        v_block_table: Tensor | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> PagedKV:
         """A cache whose pages have their heads first: k [pages, Hk, page_size, D]. Nothing is copied."""
-        return cls(k.transpose(1, 2), v.transpose(1, 2), block_table, v_block_table)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return cls(k, v, block_table, v_block_table, k_scale, v_scale)
 
     @classmethod
-    def from_latent(cls, latents: Tensor, value_dim: int, block_table: Tensor) -> PagedKV:
+    def from_latent(
+        cls, latents: Tensor, value_dim: int, block_table: Tensor, latent_scale: float = 1.0
+    ) -> PagedKV:
         """A cache of latents, as multi-head latent attention keeps: one head, whose keys hold its values.
 
         Sequences that decode load both at once. The queries are the absorbed ones; give their ``scale``,
@@ -48,10 +61,11 @@ class PagedKV:
         Args:
             latents: [pages, page_size, D], the latent and then the rotary channels: 512 + 64.
             value_dim: channels of the latent.
+            latent_scale: what stored latents are multiplied with, see `k_scale`.
         Source: DeepSeek-V2 (arXiv 2405.04434).
         """
         keys = latents.unsqueeze(2)
-        return cls(keys, keys[..., :value_dim], block_table)
+        return cls(keys, keys[..., :value_dim], block_table, None, latent_scale, latent_scale)
 
     @property
     def block_tables(self) -> tuple[Tensor, Tensor]:

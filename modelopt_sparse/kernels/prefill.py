@@ -102,7 +102,7 @@ def _launch_as(
         *arguments.sequences(seqs), super_blocks, heads, heads // k.shape[-2],
         call.bounds, arguments.window(call.window),
         *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
-        call.sinks, call.scale, call.softcap or 0.0,
+        call.sinks, call.scale, call.softcap or 0.0, call.v_scale,
         *arguments.shields(nm),
         *arguments.threshold(skip, batch, heads, q.device), arguments.counted_thresholds(skip),
         results.prefill, results.words, 0 if results.words is None else results.words.shape[2],

@@ -7,7 +7,7 @@ from __future__ import annotations
 RUN_TIME = [
     "n_sequences", "n_super_blocks", "n_heads", "group", "n_rows", "n_tokens", "n_members", "n_blocks",
     "max_q", "n_splits", "split_tiles", "split_keys", "n_entries", "window",
-    "num_sink_tokens", "dense_window_size", "segment_tiles", "log2_threshold",
+    "num_sink_tokens", "dense_window_size", "segment_tiles", "log2_threshold", "v_scale",
     "k_table", "v_table", "k_table_stride", "v_table_stride",
     "n_words", "list_stride", "slots", "n_slots", "shares_of", "least",
     "shares", "n_columns", "n_programs",

@@ -51,7 +51,7 @@ def load_keys(base, stride, tile, is_key, C: tl.constexpr, DIM: tl.constexpr, BL
     """
     tile_base = base + (tile * C.BLOCK_N).to(tl.int64) * stride
     x = load_rows(tile_base, stride, columns_to_keys(C), is_key, DIM, BLOCK)
-    return x.to(tl.float32) if C.UPCAST else x
+    return x if C.KV_AS is None else x.to(C.KV_AS)
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def load_paged(
             page = tl.load(table + keys // C.PAGE, mask=is_key).to(tl.int64)
             bases = base + (page * page_stride)[:, None]
             x = load_rows(bases, stride, keys % C.PAGE, is_key, DIM, BLOCK)
-        return x.to(tl.float32) if C.UPCAST else x
+        return x if C.KV_AS is None else x.to(C.KV_AS)
 
 
 @triton.jit

@@ -34,12 +34,12 @@ def bound_of(raw_max, factor, running, N_KEYS: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, total, running, lost, sink, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr):
+def finish(acc, total, running, lost, sink, v_scale, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr):
     """Divides by the normaliser.
 
     Args:
         acc: [BLOCK_M, Dv]; total, running, lost: [BLOCK_M], sums of exponentials kept and skipped.
-        sink: log2 sink logit of the head.
+        sink: log2 sink logit of the head. v_scale: multiplies the output.
         EXACT: the normaliser counts what was skipped.
     Returns:
         out [BLOCK_M, Dv], lse [BLOCK_M] base 2, and [BLOCK_M] each: the kept sum with the sink, and the
@@ -57,6 +57,6 @@ def finish(acc, total, running, lost, sink, HAS_SINKS: tl.constexpr, EXACT: tl.c
         pivot = high
     whole = total + lost * factor if EXACT else total
     whole = tl.where(empty, 1.0, whole)
-    out = tl.where(empty[:, None], 0.0, acc * (1 / whole)[:, None])
+    out = tl.where(empty[:, None], 0.0, acc * (v_scale / whole)[:, None])
     lse = tl.where(empty, float("-inf"), tl.log2(whole) + pivot)
     return out, lse, total, factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Variant:
         THRESHOLDS: how many further thresholds are counted, rounded up to a power of two; 0 is none.
         ONLY_PREFILL: sequences of one row are another launch's. ONLY_DECODE: all others are.
         PRECISION: of fp32 products: "ieee" or "tf32".
-        UPCAST: inputs are computed with in fp32 (Triton's interpreter has no bf16).
+        UPCAST: queries are computed with in fp32 (Triton's interpreter has no bf16).
+        KV_AS: the element type in which keys and values are computed with, if not their own.
     """
 
     BLOCK_M: int
@@ -62,6 +64,7 @@ class Variant:
     ONLY_DECODE: bool = False
     PRECISION: str = "ieee"
     UPCAST: bool = False
+    KV_AS: Any = None
 
     @property
     def HAS_GRIDS(self) -> bool:

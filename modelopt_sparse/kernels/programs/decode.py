@@ -174,7 +174,7 @@ def decode_kernel(
     bounds, window,
     mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
     bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
-    sinks, scale, softcap,
+    sinks, scale, softcap, v_scale,
     log2_threshold, log2_thresholds, threshold_strides, count_thresholds, counts, segment_tiles,
     words, n_words, dropped_bound, dropped,
     C: tl.constexpr,
@@ -308,7 +308,7 @@ def decode_kernel(
             if C.HAS_SINKS:
                 sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
             store_finished(
-                acc, total, running, bound, lost, sink, row, head, is_row, n_heads,
+                acc, total, running, bound, lost, sink, v_scale, row, head, is_row, n_heads,
                 out, out_strides, lse, dropped_bound, dropped, C,
             )  # fmt: skip
         if C.SKIP:

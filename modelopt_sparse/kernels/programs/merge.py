@@ -15,7 +15,8 @@ _SPLITS = tl.constexpr(32)
 @triton.jit(do_not_specialize=RUN_TIME)
 def merge_kernel(
     split_sums, split_out, out, lse, out_strides, q_start, q_len, k_len,
-    n_entries, n_heads, max_q, split_keys, sinks, dropped_bound, dropped, C: tl.constexpr,
+    n_entries, n_heads, max_q, split_keys, sinks, v_scale, dropped_bound, dropped,
+    C: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of one head. A split's place is fixed, so its sum is too, whatever the batch.
 
@@ -68,7 +69,7 @@ def merge_kernel(
     if C.HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
     store_finished(
-        acc, total, running, bound, lost, sink, row, row * 0 + head, row >= 0, n_heads,
+        acc, total, running, bound, lost, sink, v_scale, row, row * 0 + head, row >= 0, n_heads,
         out, out_strides, lse, dropped_bound, dropped, C,
     )  # fmt: skip
 
@@ -82,17 +83,17 @@ def sums_of_splits(split_sums, start, n_splits, n_entries, entry):
 
 @triton.jit
 def store_finished(
-    acc, total, running, bound, lost, sink, row, head, is_row, n_heads,
+    acc, total, running, bound, lost, sink, v_scale, row, head, is_row, n_heads,
     out, out_strides, lse, dropped_bound, dropped, C: tl.constexpr,
 ):  # fmt: skip
     """Divides by the normaliser, and stores what rows come to.
 
     Args:
-        acc .. lost: as `attend_decode` returns them. sink: log2 sink logit.
+        acc .. lost: as `attend_decode` returns them. sink: log2 sink logit. v_scale: multiplies the output.
         row, head: [BLOCK_M], where rows lie in the packed tensors.
     """
     values, row_lse, kept_sum, rescaled = finish(
-        acc, total, running, lost, sink, C.HAS_SINKS, C.EXACT
+        acc, total, running, lost, sink, v_scale, C.HAS_SINKS, C.EXACT
     )
     out_token, out_head = out_strides
     channel = tl.arange(0, C.BLOCK_DV)

@@ -36,7 +36,7 @@ def prefill_kernel(
     bounds, window,
     mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
     bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
-    sinks, scale, softcap,
+    sinks, scale, softcap, v_scale,
     num_sink_tokens, dense_window_size,
     log2_threshold, log2_thresholds, threshold_strides, count_thresholds, counts,
     words, n_words, lists, tags, list_lengths, list_stride,
@@ -183,7 +183,7 @@ def prefill_kernel(
     if C.HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
     values, row_lse, kept_sum, rescaled = finish(
-        acc, total, running, lost, sink, C.HAS_SINKS, C.EXACT
+        acc, total, running, lost, sink, v_scale, C.HAS_SINKS, C.EXACT
     )
     out_token, out_head = out_strides
     channel = tl.arange(0, C.BLOCK_DV)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modelopt_sparse.kernels.check import Call
+from modelopt_sparse.kernels.check import FP8, Call
 
 
 def gathered(call: Call) -> Call:
@@ -24,6 +24,12 @@ def gathered(call: Call) -> Call:
             parts.append(x[row[j // page_size], j % page_size])
         return torch.cat(parts) if parts else x.new_zeros(0, *x.shape[2:])
 
-    k, v = (packed(x, t) for x, t in zip((call.k, call.v), call.block_tables, strict=True))
+    k, v = call.k, call.v
+    if k.dtype == FP8 or call.v_scale != 1:
+        dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        k, v = k.to(dtype), v.to(dtype) * call.v_scale
+    k, v = (packed(x, t) for x, t in zip((k, v), call.block_tables, strict=True))
     k_start = (seqs.k_len.cumsum(0) - seqs.k_len).int()
-    return replace(call, k=k, v=v, block_tables=None, seqs=replace(seqs, k_start=k_start))
+    return replace(
+        call, k=k, v=v, block_tables=None, v_scale=1.0, seqs=replace(seqs, k_start=k_start)
+    )
