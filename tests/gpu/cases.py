@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from tests.paged import LAYOUTS
 from tests.pairwise import Row, Rule, grouped_rows
 
 # Lengths of the query rows and of the keys of each sequence.
@@ -70,6 +71,12 @@ PREFILL_RUN = {
     **RUN,
 }
 DECODE_RUN = {"shape": ("decode", "draft", "with_prefill"), **RUN}
+# Keys in pages are laid out by these, and have no gradients.
+PAGES = {"page": (1, 7, 16, 32, 64, 128), "layout": LAYOUTS}
+PAGED_PREFILL_VARIANT, PAGED_DECODE_VARIANT = (
+    {x: y for x, y in factors.items() if x not in ("strides", "gradients")} | PAGES
+    for factors in (PREFILL_VARIANT, DECODE_VARIANT)
+)
 # Overlapping views have no gradient; they are one sequence's keys behind another's, without gaps.
 PREFILL_RULES = (
     Rule(("strides", "gradients"), lambda strides, wants: strides != "overlap" or not wants),
@@ -104,6 +111,8 @@ class Case:
     segments: tuple[int, int] = (64, 4096)
     threshold: str = "number"
     gradients: bool = False
+    page: int = 0
+    layout: str = "nhd"
 
     @property
     def name(self) -> str:
@@ -146,3 +155,15 @@ def decode_cases() -> list[Case]:
     """Sequences that decode, alone and among some that prefill densely."""
     groups = grouped_rows(DECODE_VARIANT, DECODE_RUN, per_group=4, total=160, seed=2)
     return _cases(groups, 500)
+
+
+def paged_prefill_cases() -> list[Case]:
+    """As `prefill_cases`, with keys in pages."""
+    groups = grouped_rows(PAGED_PREFILL_VARIANT, PREFILL_RUN, per_group=4, total=240, seed=3)
+    return _cases(groups, 700)
+
+
+def paged_decode_cases() -> list[Case]:
+    """As `decode_cases`, with keys in pages."""
+    groups = grouped_rows(PAGED_DECODE_VARIANT, DECODE_RUN, per_group=4, total=160, seed=4)
+    return _cases(groups, 900)
