@@ -16,16 +16,18 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import argparse
 import sys
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 
-from modelopt_sparse.kernels import attention_varlen
+from modelopt_sparse.kernels import PagedKV, attention_paged, attention_varlen
 from modelopt_sparse.kernels.types import AttentionOutput, ScoreGrid, Seqs, TileCounts, TileMap
 from tests.gpu.build import Setup, build
 from tests.gpu.cases import SHAPES, Case
 from tests.gpu.checks import check_decisions, check_values
 from tests.gpu.gradients import compare_gradients, output_gradient, with_leaves
 from tests.gpu.judge import sheets_of
+from tests.paged import in_pages
 
 DEVICE = "cuda"
 SHAPES["tiny"] = ([0, 40, 1, 150], [0, 40, 33, 150])
@@ -33,6 +35,7 @@ SHAPES["tiny_chunk"] = ([20, 70], [170, 130])
 SHAPES["tiny_rows"] = ([90, 3], [50, 0])
 SHAPES["tiny_decode"] = ([1, 1, 1], [1, 200, 0])
 SHAPES["tiny_draft"] = ([3, 5], [77, 5])
+SHAPES["tiny_splits"] = ([1, 1], [1100, 520])
 
 PREFILL = (
     ("tiny", "bf16", (64, 64), (4, 2), {}),
@@ -60,12 +63,26 @@ DECODE = (
     ("tiny_decode", "fp32", (64, 32), (4, 4), {"skip_decode": "per_head", "segments": (16, 64)}),
     ("tiny_decode", "bf16", (192, 128), (4, 2), {"skip_decode": "exact", "mask": True}),
     ("tiny", "fp16", (64, 64), (6, 2), {"skip_decode": "counts", "bias": True, "sinks": True}),
+    ("tiny_splits", "bf16", (64, 64), (4, 2), {}),
+    ("tiny_splits", "fp16", (64, 64), (4, 2), {"skip_decode": "on", "segments": (16, 64)}),
 )
+
+
+PAGED = (
+    ("tiny", "bf16", (64, 64), (4, 2), {"page": 16}),
+    ("tiny_chunk", "fp16", (128, 128), (4, 2), {"skip": "on", "page": 64, "layout": "together"}),
+    ("tiny", "fp16", (64, 64), (4, 2), {"nm": (2, 4), "page": 7, "layout": "two_tables"}),
+    ("tiny_decode", "bf16", (64, 64), (8, 1), {"page": 128, "layout": "hnd"}),
+    ("tiny_splits", "fp16", (128, 128), (4, 2),
+     {"skip_decode": "on", "segments": (16, 64), "page": 32}),
+    ("tiny_splits", "bf16", (80, 80), (4, 2),
+     {"skip_decode": "exact", "segments": (16, 64), "page": 1}),
+)  # fmt: skip
 
 
 def cases() -> list[Case]:
     found = []
-    for i, (shape, dtype, dims, heads, more) in enumerate(PREFILL + DECODE):
+    for i, (shape, dtype, dims, heads, more) in enumerate(PREFILL + DECODE + PAGED):
         trains = i < len(PREFILL)
         found.append(Case(i, 0, shape, dtype, dims, heads, gradients=trains, **more))
     return found
@@ -77,7 +94,7 @@ def moved(value, device: str):
         return _moved_tensor(value, device)
     if isinstance(value, dict):
         return {name: moved(part, device) for name, part in value.items()}
-    if isinstance(value, (Setup, Seqs, ScoreGrid, TileMap, TileCounts, AttentionOutput)):
+    if isinstance(value, (Setup, Seqs, PagedKV, ScoreGrid, TileMap, TileCounts, AttentionOutput)):
         parts = {field.name: moved(getattr(value, field.name), device) for field in fields(value)}
         return replace(value, **parts)
     plan_parts = ("skip", "skip_decode", "tiles", "threshold")
@@ -106,9 +123,13 @@ def run_case(case: Case) -> str:
     """Runs a case on the device and checks it on the CPU; returns what was skipped."""
     here = build(case, "cpu")
     there = moved(here, DEVICE)
+    call = partial(attention_varlen, *there.qkv)
+    if case.page:
+        cache = moved(in_pages(*here.qkv[1:], case.page, case.layout), DEVICE)
+        call = partial(attention_paged, there.q, cache, there.seqs)
     with torch.no_grad():
-        output = attention_varlen(*there.qkv, **there.options, plan=there.plan, details=True)
-        plain = attention_varlen(*there.qkv, **there.options, plan=there.plan)
+        output = call(**there.options, plan=there.plan, details=True)
+        plain = call(**there.options, plan=there.plan)
     output, plain = moved(output, "cpu"), moved(plain, "cpu")
     sheets = sheets_of(here, output.kept)
     seen, reference = check_decisions(here, output)

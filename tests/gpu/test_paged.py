@@ -191,7 +191,7 @@ def test_latents_decode(dtype, skips, heads, page, q_len):
         dim=576,
         strength=9.0,
         span=64,
-        topics=40,
+        topics=12,
         dtype=dtype,
     )
     q, k = inputs.q.to(DEVICE), inputs.k.to(DEVICE)
