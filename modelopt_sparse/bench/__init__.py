@@ -4,5 +4,15 @@ from __future__ import annotations
 
 from .cases import Case, Setting, smoke_cases, standard_cases
 from .run import Row, measure
+from .serving import serving_cases, small_serving_cases
 
-__all__ = ["Case", "Row", "Setting", "measure", "smoke_cases", "standard_cases"]
+__all__ = [
+    "Case",
+    "Row",
+    "Setting",
+    "measure",
+    "serving_cases",
+    "small_serving_cases",
+    "smoke_cases",
+    "standard_cases",
+]

@@ -15,6 +15,7 @@ from .cases import Case, Setting, smoke_cases, standard_cases
 from .inputs import Shape
 from .report import environment, save, table_of
 from .run import Row, measure
+from .serving import serving_cases, small_serving_cases
 from .timing import FULL, QUICK, Effort
 
 SMOKE = Effort(0.0, 3, 3)
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
-    cases = smoke_cases() if options.smoke else standard_cases()
+    cases = standard_cases() + serving_cases()
+    if options.smoke:
+        cases = smoke_cases() + small_serving_cases()
     cases = [case for case in cases if _is_chosen(case, options.only, options.without)]
     if options.list:
         for case in cases:

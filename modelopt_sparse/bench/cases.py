@@ -73,6 +73,7 @@ class Trial:
     """A case, ready to be run.
 
     Args:
+        error: of a dense output, our own or a peer's.
         run: our call, to be timed.
         check: runs it once and compares.
         peers: by name, makers of what is timed in turn with ours.
@@ -80,7 +81,7 @@ class Trial:
         sparsity: share of tiles skipped, as the kernel counts; set where something is skipped.
     """
 
-    inputs: Inputs
+    error: Callable[[Tensor], float]
     run: Run
     check: Callable[[], Check]
     peers: Mapping[str, Callable[[], Peer]]
@@ -135,7 +136,7 @@ def dense(lengths: Sequence[int], setting: Setting) -> Trial:
     if ragged and setting.device.type == "cuda":
         peers[FLASH] = partial(baselines.flash_varlen, inputs)
     return Trial(
-        inputs,
+        partial(forward_error, inputs),
         _timed_forward(inputs),
         lambda: Check(forward_error(inputs, _forward(inputs).out), DENSE_ERROR),
         peers,
@@ -150,7 +151,7 @@ def overhead(length: int, setting: Setting) -> Trial:
     output = _forward(inputs, plan)
     wrong = "" if _skipped(output) == 0 else f"skipped {_skipped(output):.1%} of tiles"
     return Trial(
-        inputs,
+        partial(forward_error, inputs),
         _timed_forward(inputs, plan),
         lambda: Check(forward_error(inputs, output.out), DENSE_ERROR, wrong),
         {OWN_DENSE: partial(_own_dense, inputs), **_sdpa_peers(inputs, [CUDNN])},
@@ -171,7 +172,7 @@ def skip(length: int, share: float, setting: Setting) -> Trial:
         return Check(error, DENSE_ERROR, _miscounted(inputs, output))
 
     return Trial(
-        inputs,
+        partial(forward_error, inputs),
         _timed_forward(inputs, plan),
         check,
         {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs)},
@@ -192,7 +193,7 @@ def tile_list(length: int, share: float, setting: Setting) -> Trial:
         return Check(error, DENSE_ERROR, _miscounted(inputs, decided))
 
     return Trial(
-        inputs,
+        partial(forward_error, inputs),
         _timed_forward(inputs, plan),
         check,
         {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs)},
@@ -209,7 +210,7 @@ def n_of_m(length: int, n: int, m: int, setting: Setting) -> Trial:
     if setting.device.type == "cuda":
         peers[MODELOPT] = partial(baselines.modelopt, inputs, n, m)
     return Trial(
-        inputs,
+        partial(forward_error, inputs),
         _timed_forward(inputs, plan),
         lambda: Check(planned_error(inputs, _forward(inputs, plan).out, plan), NM_ERROR),
         peers,
@@ -228,7 +229,7 @@ def backward(length: int, setting: Setting) -> Trial:
         return torch.autograd.grad(out, leaves, d_out, retain_graph=True)
 
     return Trial(
-        inputs,
+        partial(forward_error, inputs),
         run,
         lambda: Check(gradient_error(inputs, d_out, run()), GRADIENT_ERROR),
         _sdpa_peers(inputs, [CUDNN, FLASH], "backward"),
@@ -254,7 +255,7 @@ def training(length: int, share: float, setting: Setting) -> Trial:
         return Check(error, GRADIENT_ERROR, _miscounted(inputs, decided))
 
     return Trial(
-        inputs,
+        partial(forward_error, inputs),
         partial(step, plan),
         check,
         {

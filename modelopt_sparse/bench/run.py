@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from .baselines import Peer, Unavailable
 from .cases import OWN_DENSE, Case, Setting, Trial
-from .checks import forward_error
 from .timing import Effort, Run, Times, times_in_turn
 
 PEER_ERROR = 0.02
@@ -106,7 +105,7 @@ def _peers(trial: Trial) -> Iterator[tuple[str, Peer | str]]:
             yield name, str(error)
             continue
         if peer.output is not None:
-            off = forward_error(trial.inputs, peer.output())
+            off = trial.error(peer.output())
             if not off <= PEER_ERROR:
                 blame = "our dense result" if name == OWN_DENSE else "its result"
                 yield name, f"{blame} is off by {off:.3f}"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modelopt_sparse.bench import baselines, measure, timing
+from modelopt_sparse.bench import baselines, measure, serving, timing
 from modelopt_sparse.bench import cases as bench_cases
 from modelopt_sparse.bench.__main__ import main
 from modelopt_sparse.bench.cases import Check, Setting, smoke_cases, standard_cases
@@ -23,9 +23,10 @@ from modelopt_sparse.bench.inputs import (
     greatest_share,
     plain,
 )
+from modelopt_sparse.bench.serving import caches, serving_cases, small_serving_cases
 from modelopt_sparse.bench.timing import Effort, Times, times_in_turn
 from modelopt_sparse.errors import ArgumentError
-from modelopt_sparse.kernels import Plan, SkipSoftmax, attention_reference
+from modelopt_sparse.kernels import Plan, SkipSoftmax, SkipSoftmaxDecode, attention_reference
 
 CPU = torch.device("cpu")
 BRIEF = Effort(0.0, 1, 1)
@@ -95,13 +96,15 @@ def test_the_smoke_run_checks_and_times_every_kind_of_case(tmp_path, capsys):
     assert main(["--smoke", "--json", str(path)]) == 0
     data = json.loads(path.read_text())
     assert data["environment"]["torch"] == torch.__version__
-    assert {row["group"] for row in data["rows"]} == {case.group for case in standard_cases()}
+    every = standard_cases() + serving_cases()
+    assert {row["group"] for row in data["rows"]} == {case.group for case in every}
     for row in data["rows"]:
         assert not row["failed"]
         assert row["ratio"] == pytest.approx(row["theirs"]["median"] / row["ours"]["median"])
         assert row["error"] < 1e-4
     skipped = {row["case"]: row["sparsity"] for row in data["rows"]}
     assert skipped["skip50-1k"] == pytest.approx(0.5, abs=0.03)
+    assert skipped["decode-skip50-2x8k"] == pytest.approx(0.5, abs=0.03)
     assert skipped["skip0-200"] == 0
     assert skipped["dense-200"] is None
     assert "own dense" in capsys.readouterr().out
@@ -124,8 +127,31 @@ def test_cases_are_chosen_by_group_and_by_name(capsys):
     assert "--list" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_caches_have_the_dialled_share_and_lose_nothing_that_matters(share):
+    inputs = caches(3, 8192, share, replace(SMALL, shape=Shape(4, 2, 64)))
+    found = inputs.call(Plan(skip_decode=SkipSoftmaxDecode(THRESHOLD)), inputs.seqs, details=True)
+    counted = found.decode.skipped[0].double() / found.decode.visible
+    assert (counted - share).abs().max() < 0.03, counted
+    assert found.dropped_mass.max() < 0.05
+    assert inputs.error(found.out, found.kept) < 1e-5
+
+
+def test_a_wrong_decode_is_reported_and_not_timed(monkeypatch):
+    real = serving.attention_varlen
+
+    def off(*args, **options):
+        found = real(*args, **options)
+        return replace(found, out=found.out * 1.5)
+
+    monkeypatch.setattr(serving, "attention_varlen", off)
+    for case in small_serving_cases()[:2]:
+        (row,) = measure(case, SMALL, BRIEF)
+        assert row.failed and "FAILED: error 0." in row.note
+
+
 def test_names_of_cases_are_unique():
-    for cases in (standard_cases(), smoke_cases()):
+    for cases in (standard_cases() + serving_cases(), smoke_cases() + small_serving_cases()):
         assert len({case.name for case in cases}) == len(cases)
 
 
