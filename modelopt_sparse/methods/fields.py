@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 # Token counts reach the kernels as int32.
 MAX_TOKENS = 2**31 - 1
+MAX_HEADS = 2**16
 
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d{1,20}", re.ASCII)
@@ -105,3 +106,6 @@ Tokens = Annotated[int, whole_number(0, MAX_TOKENS)]
 
 TileSize = Annotated[int, one_of(16, 32, 64, 128)]
 """Rows or keys of a decision tile: 16, 32, 64 or 128."""
+
+OptionalHeads = Annotated[int, whole_number(1, MAX_HEADS)] | None
+"""A count of heads from 1 to `MAX_HEADS`, or None."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from modelopt_sparse.kernels.types import Plan, SkipSoftmax, SkipSoftmaxDecode
 
 from .base import SparseMethod, SparseMethodConfig
-from .fields import Fractions, TileSize, not_taken
+from .fields import Fractions, OptionalHeads, TileSize, not_taken
 from .registry import register_sparse_method
 
 
@@ -53,7 +53,9 @@ class FlashSkipSoftmaxConfig(SparseMethodConfig):
             The first applies, the others are only counted. A first value of 0, and a phase that is
             left out, is dense.
         br, bc: rows and keys of the prefill decision tile: 16, 32, 64 or 128. Part of the result.
-            Decode decides by tiles of 64 keys.
+        decode_block_keys: keys of a decision tile in decode: 16, 32, 64 or 128. Part of the result.
+        decode_vote_heads: query heads that decide together in decode, a divisor of those that share a KV
+            head. None: all of these. Part of the result.
     """
 
     abandoned: ClassVar[Mapping[str, str]] = {
@@ -71,6 +73,8 @@ class FlashSkipSoftmaxConfig(SparseMethodConfig):
     )
     br: TileSize = 64
     bc: TileSize = 128
+    decode_block_keys: TileSize = 64
+    decode_vote_heads: OptionalHeads = None
 
 
 @register_sparse_method
@@ -84,16 +88,20 @@ class FlashSkipSoftmax(SparseMethod[FlashSkipSoftmaxConfig]):
 
     def plan(self) -> Plan:
         """Skipping, or counting only, in the phases that have lambdas for it."""
-        prefill, counted = _split(self.config.thresholds.prefill)
-        decode, decode_counted = _split(self.config.thresholds.decode)
-        return Plan(
-            skip=SkipSoftmax(prefill, self.config.br, self.config.bc, counted)
-            if prefill or counted
-            else None,
-            skip_decode=SkipSoftmaxDecode(decode, block_keys=64, count_thresholds=decode_counted)
-            if decode or decode_counted
-            else None,
-        )
+        config = self.config
+        prefill, counted = _split(config.thresholds.prefill)
+        decode, decode_counted = _split(config.thresholds.decode)
+        skip = in_decode = None
+        if prefill or counted:
+            skip = SkipSoftmax(prefill, config.br, config.bc, counted)
+        if decode or decode_counted:
+            in_decode = SkipSoftmaxDecode(
+                decode,
+                config.decode_block_keys,
+                vote_heads=config.decode_vote_heads,
+                count_thresholds=decode_counted,
+            )
+        return Plan(skip=skip, skip_decode=in_decode)
 
 
 def _split(lambdas: tuple[float, ...] | None) -> tuple[float | None, tuple[float, ...]]:

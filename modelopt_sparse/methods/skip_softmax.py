@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from modelopt_sparse.kernels.types import Plan, SkipSoftmax, SkipSoftmaxDecode
 
 from .base import SparseMethod, SparseMethodConfig
-from .fields import OptionalFraction
+from .fields import OptionalFraction, OptionalHeads, TileSize
 from .registry import register_sparse_method
 
 
@@ -19,6 +19,9 @@ class TritonSkipSoftmaxConfig(SparseMethodConfig):
         skip_softmax_threshold: lambda of the prefill phase, a fraction from 0 to 1. None or 0 is
             dense.
         skip_softmax_decode_threshold: lambda of the decode phase. None or 0 is dense.
+        decode_block_keys: keys of a decision tile in decode: 16, 32, 64 or 128. Part of the result.
+        decode_vote_heads: query heads that decide together in decode, a divisor of those that share a KV
+            head. None: all of these. Part of the result.
     """
 
     abandoned: ClassVar[Mapping[str, str]] = {
@@ -30,13 +33,15 @@ class TritonSkipSoftmaxConfig(SparseMethodConfig):
     method: Literal["triton_skip_softmax"] = "triton_skip_softmax"
     skip_softmax_threshold: OptionalFraction = 0.1
     skip_softmax_decode_threshold: OptionalFraction = None
+    decode_block_keys: TileSize = 64
+    decode_vote_heads: OptionalHeads = None
 
 
 @register_sparse_method
 class TritonSkipSoftmax(SparseMethod[TritonSkipSoftmaxConfig]):
     """Leaves out score tiles whose every row lies far below its running maximum.
 
-    Tiles of 64 rows x 128 keys decide in prefill, of 64 keys in decode.
+    Tiles of 64 rows x 128 keys decide in prefill.
 
     Source: BLASST (arXiv 2512.12087).
     """
@@ -45,9 +50,14 @@ class TritonSkipSoftmax(SparseMethod[TritonSkipSoftmaxConfig]):
 
     def plan(self) -> Plan:
         """Skipping in the phases that have a threshold above 0."""
-        prefill = self.config.skip_softmax_threshold
-        decode = self.config.skip_softmax_decode_threshold
+        config = self.config
+        prefill, decode = config.skip_softmax_threshold, config.skip_softmax_decode_threshold
+        in_decode = None
+        if decode:
+            in_decode = SkipSoftmaxDecode(
+                decode, config.decode_block_keys, vote_heads=config.decode_vote_heads
+            )
         return Plan(
             skip=SkipSoftmax(prefill, block_rows=64, block_keys=128) if prefill else None,
-            skip_decode=SkipSoftmaxDecode(decode, block_keys=64) if decode else None,
+            skip_decode=in_decode,
         )

@@ -85,6 +85,10 @@ BAD_VALUES = {
     (NM, "num_sink_tokens"): [*NOT_INTEGERS, -1, "-1", MAX_TOKENS + 1],
     (NM, "dense_window_size"): [*NOT_INTEGERS, -1, "-1", MAX_TOKENS + 1],
     (FLASH, "br"): [*NOT_INTEGERS, 0, 8, 63, 65, 256, "256"],
+    (SKIP, "decode_block_keys"): [*NOT_INTEGERS, 0, 8, 63, 65, 256, "256"],
+    (FLASH, "decode_block_keys"): [*NOT_INTEGERS, 0, 8, 63, 65, 256, "256"],
+    (SKIP, "decode_vote_heads"): [*(x for x in NOT_INTEGERS if x is not None), 0, -1, "0"],
+    (FLASH, "decode_vote_heads"): [*(x for x in NOT_INTEGERS if x is not None), 0, -1, "0"],
     (FLASH, "bc"): [*NOT_INTEGERS, 0, 8, 63, 65, 256, "256"],
     (FLASH, "thresholds"): [
         *NOT_SCALARS,
@@ -217,6 +221,8 @@ def test_defaults_are_what_the_documentation_says():
         "backend": "triton",
         "skip_softmax_threshold": 0.1,
         "skip_softmax_decode_threshold": None,
+        "decode_block_keys": 64,
+        "decode_vote_heads": None,
     }
     assert TritonSparseSoftmaxConfig().model_dump() == {
         "method": NM,
@@ -232,6 +238,8 @@ def test_defaults_are_what_the_documentation_says():
         "thresholds": {"prefill": (1e-3,), "decode": (1e-4,)},
         "br": 64,
         "bc": 128,
+        "decode_block_keys": 64,
+        "decode_vote_heads": None,
     }
 
 

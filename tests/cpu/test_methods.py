@@ -37,12 +37,12 @@ def skip(threshold, rows=64, keys=128, counted=()):
     }
 
 
-def skip_decode(threshold, counted=()):
+def skip_decode(threshold, counted=(), keys=64, heads=None):
     return {
         "threshold": threshold,
-        "block_keys": 64,
+        "block_keys": keys,
         "segment_keys": 4096,
-        "vote_heads": None,
+        "vote_heads": heads,
         "count_thresholds": counted,
         "exact_normalizer": False,
     }
@@ -59,6 +59,10 @@ def skip_decode(threshold, counted=()):
         ({"skip_softmax_threshold": -0.0}, (None, None, None)),
         ({"skip_softmax_decode_threshold": "1e-3"}, (None, skip(0.1), skip_decode(1e-3))),
         ({"skip_softmax_decode_threshold": 0}, (None, skip(0.1), None)),
+        (
+            {"skip_softmax_decode_threshold": 0.2, "decode_block_keys": 32, "decode_vote_heads": 1},
+            (None, skip(0.1), skip_decode(0.2, keys=32, heads=1)),
+        ),
         (
             {"skip_softmax_threshold": 0, "skip_softmax_decode_threshold": 0.2},
             (None, None, skip_decode(0.2)),
