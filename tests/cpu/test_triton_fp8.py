@@ -24,15 +24,17 @@ from tests.inputs import needs_interpreter, topical
 from tests.paged import in_pages
 
 FP8 = torch.float8_e4m3fn
+SHAPE = [70, 20, 1, 0], [70, 150, 90, 9]
+SPLITS = [1, 1], [700, 30]
 PLANS = {
     "dense": Plan(),
     "2:4+skip": Plan(NMSparsity(2, 4), SkipSoftmax(0.1, 16, 32), SkipSoftmaxDecode(0.1, 32, 64)),
 }
 
 
-def quantized(k_scale: float, v_scale: float, dtype=torch.float16):
+def quantized(k_scale: float, v_scale: float, dtype=torch.float16, shape=SHAPE):
     """Inputs whose keys and values are 8-bit numbers times scales, and the cache that holds these numbers."""
-    inputs = topical([70, 20, 1, 0], [70, 150, 90, 9], strength=9.0, dtype=dtype)
+    inputs = topical(*shape, strength=9.0, dtype=dtype)
     k, v = (x.float().nan_to_num(0.0) for x in (inputs.k, inputs.v))
     k8, v8 = (k / k_scale).to(FP8), (v / v_scale).to(FP8)
     # Pages are filled by index, which 8-bit tensors don't offer.
@@ -52,10 +54,11 @@ def test_the_reference_reads_8_bits(plan):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("shape", [SHAPE, SPLITS], ids=["", "splits"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_the_kernels_read_8_bits(plan, dtype, monkeypatch):
-    inputs, cache, wide = quantized(0.5, 0.03, dtype)
+def test_the_kernels_read_8_bits(plan, dtype, shape, monkeypatch):
+    inputs, cache, wide = quantized(0.5, 0.03, dtype, shape)
     monkeypatch.setattr("modelopt_sparse.kernels.api.run", ops.run)
     found = attention_paged(inputs.q, cache, inputs.seqs, plan=plan, details=True)
     wanted = attention_reference(*wide, inputs.seqs, plan=plan, details=True)

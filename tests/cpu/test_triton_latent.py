@@ -79,6 +79,19 @@ def test_latents_give_what_packed_keys_and_values_give(plan, names):
 
 
 @needs_interpreter
+def test_latents_that_no_row_sees_may_hold_anything():
+    inputs, cache = latents((32, 16), [2], [64], 16)
+    options = {"phase": Phase.DECODE, "scale": 0.2}
+    options["bounds"] = torch.tensor([[0, 20], [40, 64]]).int().repeat(len(inputs.q), 1)
+    options["bounds"] = options["bounds"][: len(inputs.q)]
+    wanted = paged_triton(inputs.q, cache, inputs.seqs, **options).out
+    page, slot = cache.block_table[0, 30 // 16], 30 % 16
+    cache.k[page, slot] = torch.nan
+    found = paged_triton(inputs.q, cache, inputs.seqs, **options).out
+    assert torch.equal(found, wanted) and found.isfinite().all()
+
+
+@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_latents_of_deepseek(dtype):
     inputs, cache = latents((512, 64), [2, 1], [150, 70], 64, dtype, heads=16)
