@@ -16,7 +16,7 @@ COUNTED = (0.9, 0.5, 0.1)
     ("q_lens", "phase", "plan"),
     [
         ([90], "prefill", lambda t: Plan(skip=SkipSoftmax(t, 16, 16, COUNTED))),
-        ([1], "decode", lambda t: Plan(skip_decode=SkipSoftmaxDecode(t, 16, 64, False, COUNTED))),
+        ([1], "decode", lambda t: Plan(skip_decode=SkipSoftmaxDecode(t, 16, 64, None, COUNTED))),
     ],
     ids=["prefill", "decode"],
 )

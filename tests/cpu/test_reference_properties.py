@@ -69,8 +69,8 @@ def plans(draw, values, batch: int, n_heads: int) -> Plan:
     if draw(st.integers(0, 3)):
         threshold = draw(tensor_or_float(values, batch, n_heads))
         segment = draw(st.sampled_from([32, 64, 128]))
-        alone = draw(st.booleans())
-        skip_decode = SkipSoftmaxDecode(threshold, draw(tile), segment, alone, counted, exact)
+        votes = draw(st.sampled_from([None, 1]))
+        skip_decode = SkipSoftmaxDecode(threshold, draw(tile), segment, votes, counted, exact)
     return Plan(nm, skip, skip_decode)
 
 
