@@ -2,6 +2,7 @@
 
 from . import modes
 from .config import SparseAttentionConfig
+from .continuous_batching import continuous_batching
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -11,7 +12,7 @@ from .errors import (
     UnsupportedCall,
     UnsupportedModel,
 )
-from .integrations import hf
+from .integrations import hf, hf_paged
 from .methods import SparseMethod, SparseMethodConfig, register_sparse_method
 from .models.attention import register_attention_class
 from .modes import modelopt_state, restore, restore_from_modelopt_state, save
@@ -33,8 +34,9 @@ from .sparse_mode import (
 )
 from .version import __version__
 
-# The one thing done at import: transformers must know the name before a model is loaded with it.
+# The one thing done at import: transformers must know the names before a model is loaded with them.
 hf.register()
+hf_paged.register()
 
 __all__ = [
     "PRESETS",
@@ -53,6 +55,7 @@ __all__ = [
     "UnsupportedCall",
     "UnsupportedModel",
     "__version__",
+    "continuous_batching",
     "disable_sparse_attention",
     "enable_sparse_attention",
     "from_pretrained",

@@ -20,6 +20,7 @@ from modelopt_sparse.config import Resolved
 from modelopt_sparse.errors import UnsupportedModel, describe
 from modelopt_sparse.integrations.hf import ATTENTION_NAME
 from modelopt_sparse.integrations.hf_checkpoint import BLOCK_NAMES, is_ours
+from modelopt_sparse.integrations.hf_paged import ENTRY, PAGED_NAME, refuse_continuous_batching
 from modelopt_sparse.methods.registry import sparse_method
 from modelopt_sparse.module import SparseAttentionModule
 
@@ -59,20 +60,30 @@ def convert(model: nn.Module, resolved: Mapping[str, Resolved]) -> None:
         module.__class__ = sparse_class(dense)
         assert isinstance(module, SparseAttentionModule)
         module.attach(methods[name], resolved[name].enabled)
+    for part in model.modules():
+        if hasattr(type(part), ENTRY):
+            part.__dict__[ENTRY] = refuse_continuous_batching
 
 
 def deconvert(model: nn.Module) -> None:
     """Gives every module its own class and configuration back. Other edits of a configuration stay.
 
     Raises:
-        UnsupportedModel: a class that extends a sparse one can't be made to extend the dense one.
+        UnsupportedModel: a class that extends a sparse one can't be made to extend the dense one, or the
+            model is in a block of `continuous_batching`.
     """
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "_attn_implementation", "") == PAGED_NAME:
+            got = "one inside of modelopt_sparse.continuous_batching"
+            raise UnsupportedModel(describe("model", got, "one outside of it", "Leave it first."))
     pairs: dict[int, tuple[PretrainedConfig, PretrainedConfig, PretrainedConfig]] = {}
     for module in model.modules():
         if isinstance(module, SparseAttentionModule):
             sparse: Any = type(module)
             module.detach()
             module.__class__ = dense_class(sparse)
+        if module.__dict__.get(ENTRY) is refuse_continuous_batching:
+            del module.__dict__[ENTRY]
         for name, (original, copied) in module.__dict__.pop(_DENSE_CONFIGS, {}).items():
             current = module.__dict__[name]
             pairs[id(current)] = (current, original, copied)

@@ -10,6 +10,7 @@ from torch import nn
 
 from modelopt_sparse.errors import ArgumentTypeError, describe
 from modelopt_sparse.integrations.hf import ATTENTION_NAME
+from modelopt_sparse.integrations.hf_paged import PAGED_NAME
 from modelopt_sparse.modes.apply import check_model
 from modelopt_sparse.module import SparseAttentionModule
 from modelopt_sparse.module_state import sparse_modules
@@ -20,12 +21,12 @@ def get_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What each sparse module did since the last reset, as plain data.
 
     Returns:
-        By module name: ``method``; ``enabled``; ``attn_implementation``, other than "modelopt_triton" if
-        it was set to another since, which makes the module dense; and for ``prefill`` and ``decode`` None
-        (nothing was counted: no call, or no skipping in that phase) or a dict of ``calls``; ``visible``,
-        tiles by query head; ``skipped``, the same; ``sparsity``, skipped / visible over all heads;
-        ``counted``, for each further threshold its ``threshold`` and ``skipped``, the tiles that it would
-        have skipped, by head.
+        By module name: ``method``; ``enabled``; ``attn_implementation``, other than "modelopt_triton"
+        inside of `continuous_batching`, and if it was set to another, which makes the module dense; and for
+        ``prefill`` and ``decode`` None (nothing was counted: no call, or no skipping in that phase) or a
+        dict of ``calls``; ``visible``, tiles by query head; ``skipped``, the same; ``sparsity``, skipped /
+        visible over all heads; ``counted``, for each further threshold its ``threshold`` and ``skipped``,
+        the tiles that it would have skipped, by head.
     """
     check_model(model)
     return {name: _module_data(module) for name, module in sparse_modules(model)}
@@ -114,7 +115,7 @@ def _phase_data(stats: PhaseStats, thresholds: tuple[float, ...]) -> dict[str, A
 
 def _enabled_cell(module: SparseAttentionModule) -> str:
     config: Any = module.config
-    if config._attn_implementation != ATTENTION_NAME:
+    if config._attn_implementation not in (ATTENTION_NAME, PAGED_NAME):
         return f"no: the model runs {config._attn_implementation}"
     return "yes" if module.enabled else "no"
 

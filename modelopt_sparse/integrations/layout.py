@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from modelopt_sparse.kernels.types import Seqs
+
+# The attribute of a mask that holds what was read off it: every layer of a forward pass gets the same mask.
+READINGS = "_modelopt_readings"
 # The attribute of a dense mask that holds the number of each token's sequence, [B, Lkv], where several
 # are packed in one batch item: a mask can't say where their grids begin.
 PACKED_NUMBERS = "_modelopt_packed_numbers"
@@ -20,7 +24,7 @@ class Layout:
     the batch item ``item[s]``. Row ``i`` of a causal sequence is at position ``n_k - n_q + i``.
 
     Args:
-        item, row, n_q, key, n_k: int64 [S].
+        item, row, n_q, key, n_k: int32 or int64 [S].
         bounds: int64 [B, Lq, 2], the keys [start, end) that a row sees, counted from its sequence's
             first; None where causality, or the sequence alone, says it.
         max_q, max_k: upper bounds of n_q and n_k, in tokens. min_q: lower bound of those n_q that aren't 0.
@@ -38,12 +42,25 @@ class Layout:
     is_one_per_item: bool = True
     min_q: int = 0
 
+    def seqs(self, n_rows: int, item_step: int) -> Seqs:
+        """The sequences, in packed tensors that hold an item every `n_rows` rows and `item_step` keys."""
+        return Seqs(
+            torch.add(self.row, self.item, alpha=n_rows).int(),
+            self.n_q.int(),
+            torch.add(self.key, self.item, alpha=item_step).int(),
+            self.n_k.int(),
+            self.max_q,
+            self.max_k,
+            self.min_q,
+        )
+
 
 def whole_items(batch: int, n_q: int, n_kv: int, device: torch.device) -> Layout:
     """Without a mask: every item is one sequence."""
-    item = torch.arange(batch, device=device)
-    none = torch.zeros_like(item)
-    return Layout(item, none, none + n_q, none, none + n_kv, None, n_q, n_kv, min_q=n_q)
+    # Every layer asks, so few kernels are launched: none of them converts.
+    item = torch.arange(batch, dtype=torch.int32, device=device)
+    none, rows, keys = (torch.full_like(item, n) for n in (0, n_q, n_kv))
+    return Layout(item, none, rows, none, keys, None, n_q, n_kv, min_q=n_q)
 
 
 def end_to_end(
@@ -76,14 +93,14 @@ def from_intervals(mask: Tensor, n_kv: int, causal: bool) -> Layout:
     computed.
 
     Args:
-        mask: int [B, Lq, 4], (start, end, position, origin) of each row; see `masks.interval_mask`.
+        mask: int32 [B, Lq, 4], (start, end, position, origin) of each row; see `masks.interval_mask`.
         n_kv: keys that each item hands over.
         causal: rows are tokens of the keys' sequence; those at either end that see nothing are
             padding.
     """
-    start, end, position, origin = mask.long().unbind(-1)  # [B, Lq] each
+    start, end, position, origin = mask.unbind(-1)  # [B, Lq] each
     batch, n_rows = start.shape
-    item = torch.arange(batch, device=mask.device)
+    item = torch.arange(batch, dtype=torch.int32, device=mask.device)
     sees = end > start
     key = origin[:, 0]
     stop = torch.where(sees, end, key[:, None]).amax(-1)  # one past the last key that any row sees
@@ -98,16 +115,21 @@ def from_intervals(mask: Tensor, n_kv: int, causal: bool) -> Layout:
         row_stop = torch.cat([first, last, torch.full_like(last, n_rows)])
         return Layout(item, row, row_stop - row, key, stop - key, bounds, n_rows, n_kv, False)
 
-    row = sees.byte().argmax(-1)
-    row_stop = torch.where(sees.any(-1), n_rows - sees.flip(-1).byte().argmax(-1), row)
-    n_q = row_stop - row
+    if n_rows == 1:  # in decode, the same in fewer kernels
+        row, n_q = torch.zeros_like(item), sees[:, 0].int()
+        first_position = last_position = position[:, 0]
+    else:
+        row = sees.byte().argmax(-1)
+        row_stop = torch.where(sees.any(-1), n_rows - sees.flip(-1).byte().argmax(-1), row)
+        n_q = row_stop - row
+        first_position = position.gather(1, row[:, None])[:, 0]
+        last_position = position.gather(1, (row_stop - 1).clamp(min=0)[:, None])[:, 0]
     # A row before the origin that sees keys (no transformers mask has one) moves the origin to it.
-    shift = (-position.gather(1, row[:, None])[:, 0]).clamp(min=0).where(n_q > 0, 0)
+    has_rows = n_q > 0
+    shift = (-first_position).clamp(min=0) * has_rows
     key = (key - shift).clamp(min=0)
-    last_position = (position.gather(1, (row_stop - 1).clamp(min=0)[:, None]))[:, 0] + shift
-    n_k = torch.minimum(torch.maximum(last_position + 1, stop - key), n_kv - key)
-    n_k = n_k.where(n_q > 0, 0)
-    return Layout(item, row, n_q, key, n_k, _bounds(start, end, key), n_rows, n_kv)
+    n_k = torch.minimum(torch.maximum(last_position + shift + 1, stop - key), n_kv - key)
+    return Layout(item, row, n_q, key, n_k * has_rows, _bounds(start, end, key), n_rows, n_kv)
 
 
 def from_packed_intervals(mask: Tensor) -> Layout:
@@ -162,13 +184,13 @@ def from_visible(visible: Tensor, causal: bool) -> Layout:
     index = torch.arange(n_rows, device=seen.device)
     item = torch.arange(batch, device=seen.device)
     any_row, any_key = seen.any(-1), seen.any(-2)  # [B, Lq], [B, Lkv]
-    first_key = any_key.byte().argmax(-1)
+    first_key = any_key.byte().argmax(-1)  # [B]
     key_stop = torch.where(any_key.any(-1), n_kv - any_key.flip(-1).byte().argmax(-1), first_key)
     if not causal:
-        none = torch.zeros_like(item)
+        none = torch.zeros_like(item, dtype=torch.int32)
         bounds = _everything(key_stop - first_key, n_rows)
         return Layout(
-            item, none, none + n_rows, first_key, key_stop - first_key, bounds, n_rows, n_kv
+            item, none, none + n_rows, first_key.int(), key_stop - first_key, bounds, n_rows, n_kv
         )
 
     last_key = n_kv - 1 - seen.flip(-1).byte().argmax(-1)  # [B, Lq]
@@ -180,7 +202,8 @@ def from_visible(visible: Tensor, causal: bool) -> Layout:
     n_k = torch.maximum(n_rows + offset, key_stop) - key
     has_keys = any_key.any(-1)
     n_q, n_k = (n_rows - row).where(has_keys, 0), n_k.where(has_keys, 0)
-    return Layout(item, row, n_q, key, n_k, _everything(n_k, n_rows), n_rows, n_kv)
+    # As grids want them, for each layer.
+    return Layout(item, row.int(), n_q, key.int(), n_k, _everything(n_k, n_rows), n_rows, n_kv)
 
 
 def _bounds(start: Tensor, end: Tensor, key: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask
 
-from .layout import PACKED_NUMBERS, first_index_of_run
+from .capture import is_capturing
+from .layout import PACKED_NUMBERS, READINGS, first_index_of_run
 from .runs import dense_mask, packed_numbers, runs_of_rows
 
 # The model types whose masks tests/conformance compares with eager attention. Others, which may do
@@ -91,14 +92,15 @@ def interval_mask(**kwargs: Any) -> Tensor | None:
     if tracing and (padded or family not in INTERVAL_FAMILIES):
         return dense_mask(kwargs)
     number = None if tracing else packed_numbers(kwargs["mask_function"])
-    if family not in INTERVAL_FAMILIES:
-        return _numbered(dense_mask(kwargs), number)
+    # Whether padding has holes would have to be read, which a CUDA graph can't.
+    if family not in INTERVAL_FAMILIES or (padded and is_capturing(torch.device(kwargs["device"]))):
+        return _noted(dense_mask(kwargs), number)
     padding = _read_padding(kwargs)
     if padding.is_absent and _may_be_left_out(kwargs):
         return None
     runs = None if padding.has_hole else runs_of_rows(kwargs)
     if runs is None:
-        return _numbered(dense_mask(kwargs), number)
+        return dense_mask(kwargs) if tracing else _noted(dense_mask(kwargs), number)
 
     index = torch.arange(n_q, device=runs.device)
     row = index + kwargs.get("q_offset", 0) - kwargs.get("kv_offset", 0)
@@ -118,8 +120,9 @@ def interval_mask(**kwargs: Any) -> Tensor | None:
     return torch.stack(columns, -1)[:, None].int()
 
 
-def _numbered(mask: Tensor, number: Tensor | None) -> Tensor:
-    """The dense mask, with the number of each token's sequence noted on it where several are packed."""
+def _noted(mask: Tensor, number: Tensor | None) -> Tensor:
+    """The dense mask, with a note that all layers share it, and of packed sequences' numbers."""
+    setattr(mask, READINGS, {})
     if number is not None:
         setattr(mask, PACKED_NUMBERS, number.expand(len(mask), -1))
     return mask

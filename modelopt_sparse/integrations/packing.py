@@ -10,8 +10,10 @@ from torch import Tensor
 from modelopt_sparse.errors import ArgumentError, describe
 from modelopt_sparse.kernels.types import ScoreGrid, Seqs
 
+from .capture import is_capturing
 from .layout import (
     PACKED_NUMBERS,
+    READINGS,
     Layout,
     end_to_end,
     from_intervals,
@@ -20,10 +22,6 @@ from .layout import (
     from_visible,
     whole_items,
 )
-
-# The attribute under which the reading of an interval mask is kept on the mask: every layer of a
-# forward pass gets the same one, and nobody else writes to it.
-_LAYOUTS = "_modelopt_layouts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +72,42 @@ class Visibility:
     max_length_k: int | None = None
 
 
-def pack(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> PackedBatch:
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What says which keys a row sees, as kernels take it. The same for all layers of a forward pass.
+
+    Args:
+        bounds: int32 [B * Lq, 2] or None.
+        reader: who asked first.
+    """
+
+    layout: Layout
+    seqs: Seqs
+    bounds: Tensor | None
+    reader: int | None
+
+    def grid(self, values: Tensor | None) -> ScoreGrid | None:
+        """`values` [1 or B, heads, Lq, Lkv] as a grid with one entry for each sequence."""
+        if values is None:
+            return None
+        layout = self.layout
+        if values.shape[0] == 1:
+            values = values.expand(len(layout.item), -1, -1, -1)
+        elif not layout.is_one_per_item:
+            values = values[layout.item]
+        return ScoreGrid(values, layout.row.int(), layout.key.int())
+
+
+def pack(
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, reader: int | None = None
+) -> PackedBatch:
     """Packs a batch without copying keys and values, where their strides allow.
 
     Args:
         query: [B, Hq, Lq, D]; key: [B, Hk, Lkv, D]; value: [B, Hk, Lkv, Dv], any strides. A batch
             of 1 in some of them broadcasts.
         visibility: masks and what else says which keys a row sees.
+        reader: who asks. A mask is read once for all who ask, until the first of them asks again.
     Raises:
         ArgumentError: a mask or bias has a shape or dtype that is not taken.
     """
@@ -88,27 +115,16 @@ def pack(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> P
     query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     shape = torch.Size((batch, query.shape[1], query.shape[2], key.shape[2]))  # of a score tensor
     visible, bias = _grids(visibility, shape)
-    layout = _layout(visibility, visible, shape, query.device)
-
-    k, v, item_stride = _packed_keys(key, value)
-    n_rows = shape[2]
-    seqs = Seqs(
-        (layout.item * n_rows + layout.row).int(),
-        layout.n_q.int(),
-        (layout.item * item_stride + layout.key).int(),
-        layout.n_k.int(),
-        layout.max_q,
-        layout.max_k,
-        layout.min_q,
-    )
+    k, v, item_step = _packed_keys(key, value)
+    reading = _reading(visibility, visible, shape, item_step, query.device, reader)
     return PackedBatch(
-        q=query.transpose(1, 2).reshape(batch * n_rows, shape[1], -1),
+        q=query.transpose(1, 2).reshape(batch * shape[2], shape[1], -1),
         k=k,
         v=v,
-        seqs=seqs,
-        bounds=None if layout.bounds is None else layout.bounds.reshape(-1, 2).int(),
-        mask=None if visible is None or bias is not None else _grid(visible, layout),
-        bias=None if bias is None else _grid(bias, layout),
+        seqs=reading.seqs,
+        bounds=reading.bounds,
+        mask=reading.grid(visible) if bias is None else None,
+        bias=reading.grid(bias),
         batch=batch,
     )
 
@@ -140,10 +156,40 @@ def _grids(visibility: Visibility, shape: torch.Size) -> tuple[Tensor | None, Te
     return visible, bias.masked_fill(~visible, -torch.inf)
 
 
+def _reading(
+    visibility: Visibility,
+    visible: Tensor | None,
+    shape: torch.Size,
+    item_step: int,
+    device: torch.device,
+    reader: int | None,
+) -> _Reading:
+    """Reads the mask; one that our mask function made, once for all the layers that get it.
+
+    Who asks again is in another forward pass, before which others may have written to the mask. What a
+    CUDA graph computes has values only when it is replayed, and what was read before it would be old then.
+    """
+    mask, kept, name = visibility.attention_mask, None, None
+    if mask is not None and visibility.cu_seq_lens_q is None and not torch.compiler.is_compiling():
+        is_interval = mask.dtype == torch.int32
+        kept = mask.__dict__.setdefault(READINGS, {}) if is_interval else vars(mask).get(READINGS)
+    if kept is not None:
+        name = (shape, visibility.causal, item_step, is_capturing(device))
+        found: _Reading | None = kept.get(name)
+        if found is not None and (reader is None or found.reader != reader):
+            return found
+    layout = _layout(visibility, visible, shape, device)
+    bounds = None if layout.bounds is None else layout.bounds.reshape(-1, 2).int()
+    reading = _Reading(layout, layout.seqs(shape[2], item_step), bounds, reader)
+    if kept is not None:
+        kept[name] = reading
+    return reading
+
+
 def _layout(
     visibility: Visibility, visible: Tensor | None, shape: torch.Size, device: torch.device
 ) -> Layout:
-    """Reads the mask; an interval mask once for all the layers that get it."""
+    """What the mask, or the lengths, say."""
     batch, _, n_q, n_kv = shape
     mask, causal = visibility.attention_mask, visibility.causal
     cu_seqlens = _cu_seqlens(visibility, shape)
@@ -162,15 +208,10 @@ def _layout(
             return from_packed_visible(numbers)
         return from_visible(visible.expand(batch, -1, -1, -1), causal)
 
-    kept = {} if torch.compiler.is_compiling() else mask.__dict__.setdefault(_LAYOUTS, {})
-    name = (shape, causal)
-    layout: Layout | None = kept.get(name)
-    if layout is None:
-        rows = _interval_rows(mask, shape)
-        has_numbers = rows.shape[-1] == 5
-        layout = from_packed_intervals(rows) if has_numbers else from_intervals(rows, n_kv, causal)
-        kept[name] = layout
-    return layout
+    rows = _interval_rows(mask, shape)
+    return (
+        from_packed_intervals(rows) if rows.shape[-1] == 5 else from_intervals(rows, n_kv, causal)
+    )
 
 
 def _cu_seqlens(
@@ -222,15 +263,6 @@ def _fitting(name: str, values: Tensor, shape: torch.Size) -> Tensor:
         takes = f"4 dimensions that broadcast to {tuple(shape)}"
         raise ArgumentError(describe(name, f"shape {tuple(values.shape)}", takes))
     return values.expand(-1, -1, *shape[2:])
-
-
-def _grid(values: Tensor, layout: Layout) -> ScoreGrid:
-    """`values` [1 or B, heads, Lq, Lkv] as a grid with one entry for each sequence."""
-    if values.shape[0] == 1:
-        values = values.expand(len(layout.item), -1, -1, -1)
-    elif not layout.is_one_per_item:
-        values = values[layout.item]
-    return ScoreGrid(values, layout.row.int(), layout.key.int())
 
 
 def _packed_keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:

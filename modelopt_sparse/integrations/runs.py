@@ -24,6 +24,7 @@ _RUNS = frozenset(
         "packed_sequence_mask_function.<locals>.inner_mask",
     }
 )
+_CAUSAL = frozenset({"causal_mask_function"})
 _PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 _INTERSECTIONS = frozenset(
     {
@@ -62,6 +63,8 @@ def runs_of_rows(kwargs: dict[str, Any]) -> Tensor | None:
         # Closures cannot be looked into; an overlay is the outermost function, a union.
         is_run = _is_named(kwargs["mask_function"], _RUNS | _INTERSECTIONS)
         return _search(kwargs, _TRACED_STEPS) if is_run and by_index else None
+    if _is_named(kwargs["mask_function"], _CAUSAL):
+        return _up_to_their_own(kwargs)
     is_run = all(_is_named(leaf, _RUNS) for leaf in _leaves(kwargs["mask_function"]))
     if is_run and by_index and kwargs["q_length"] * kwargs["kv_length"] > _DENSE_PAIRS:
         return _search(kwargs, kwargs["kv_length"].bit_length())
@@ -75,6 +78,14 @@ def packed_numbers(function: MaskFunction) -> Tensor | None:
             numbers: Tensor = leaf.__closure__[0].cell_contents
             return numbers
     return None
+
+
+def _up_to_their_own(kwargs: dict[str, Any]) -> Tensor:
+    """The run of keys that each row of a causal mask sees: int64 [B, Lq, 2], possibly past the last key."""
+    before = kwargs.get("q_offset", 0) - kwargs.get("kv_offset", 0)
+    end = torch.arange(1, kwargs["q_length"] + 1, device=kwargs["device"]) + before
+    end = end.expand(kwargs["batch_size"], -1)
+    return torch.stack([torch.zeros_like(end), end], -1)
 
 
 def _search(kwargs: dict[str, Any], steps: int) -> Tensor:

@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
 
-from modelopt_sparse.integrations import hf
+from modelopt_sparse.integrations import hf, module_call
 from modelopt_sparse.integrations.masks import INTERVAL_FAMILIES
 
 from .models import FAMILIES, build
@@ -57,8 +57,8 @@ def test_dense_attention_equals_eager(
         calls.append(None)
         return attend(*args, **kwargs)
 
-    attend = hf.attention_varlen
-    monkeypatch.setattr(hf, "attention_varlen", counted)
+    attend = module_call.attention_varlen
+    monkeypatch.setattr(module_call, "attention_varlen", counted)
     cell = [name, scenario.__name__]
     reason = NOT_OFFERED.get((name, scenario.__name__))
     with torch.no_grad():

@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from modelopt_sparse.errors import ArgumentError, UnsupportedCall
-from modelopt_sparse.integrations import hf
+from modelopt_sparse.integrations import hf, module_call
 from modelopt_sparse.integrations.hf import ATTENTION_NAME, modelopt_triton_attention
 from modelopt_sparse.kernels.types import NMSparsity, Plan, SkipSoftmax
 from modelopt_sparse.methods import SparseMethod, SparseMethodConfig
@@ -348,13 +348,13 @@ def test_the_backend_of_the_method_chooses_the_kernel_function(
     called = []
 
     def noting(name: str) -> None:
-        function = getattr(hf, name)
+        function = getattr(module_call, name)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             called.append(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(hf, name, noted)
+        monkeypatch.setattr(module_call, name, noted)
 
     noting("attention_varlen")
     noting("attention_reference")

@@ -19,8 +19,8 @@ PACKAGE = ROOT.name
 # Every part may import itself, and `errors`.
 ALLOWED: dict[str, set[str]] = {
     "": {
-        "config", "integrations", "methods", "models", "modes", "module", "presets", "report",
-        "sparse_mode", "version",
+        "config", "continuous_batching", "integrations", "methods", "models", "modes", "module",
+        "presets", "report", "sparse_mode", "version",
     },
     "errors": set(),
     "kernels": set(),
@@ -42,11 +42,12 @@ ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "integrations": {"config", "kernels.api", "kernels.pages", "kernels.types", "modes", "module"},
     "convert": {"config", "integrations", "methods", "models", "modes", "module"},
+    "continuous_batching": {"integrations", "models", "modes"},
     "sparse_mode": {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
     },
     "report": {"integrations", "modes", "module", "module_state", "stats"},
-    "bench": {"kernels", "version"},
+    "bench": {"integrations", "kernels", "version"},
 }  # fmt: skip
 # Of other packages, what each part does without.
 WITHOUT: dict[str, set[str]] = {
@@ -220,7 +221,7 @@ def test_the_package_works_with_no_gpu_and_no_triton():
     assert done.stdout.strip() == "done", done.stderr
 
 
-def test_importing_leaves_transformers_as_it_was_but_for_our_name():
+def test_importing_leaves_transformers_as_it_was_but_for_our_names():
     program = f"""
 import torch, transformers
 from transformers.modeling_utils import AttentionInterface
@@ -228,9 +229,11 @@ from transformers.masking_utils import AttentionMaskInterface
 before = [dict(c._global_mapping) for c in (AttentionInterface, AttentionMaskInterface)]
 functions = torch.nn.functional.softmax, torch.nn.functional.scaled_dot_product_attention
 import {PACKAGE}
-for old, c in zip(before, (AttentionInterface, AttentionMaskInterface)):
+paged = {PACKAGE}.integrations.hf_paged.PAGED_NAME
+names = ["modelopt_triton", paged], ["modelopt_triton"]
+for old, c, ours in zip(before, (AttentionInterface, AttentionMaskInterface), names):
     new = dict(c._global_mapping)
-    assert new.pop("modelopt_triton")
+    assert all(new.pop(name) for name in ours)
     assert new == old
 assert functions == (torch.nn.functional.softmax, torch.nn.functional.scaled_dot_product_attention)
 """

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import masking_utils as mu
 
 from modelopt_sparse.errors import ArgumentError
+from modelopt_sparse.integrations import packing
+from modelopt_sparse.integrations.layout import from_intervals
 from modelopt_sparse.integrations.masks import interval_mask
 from modelopt_sparse.integrations.packing import PackedBatch, Visibility, pack
 from modelopt_sparse.kernels.api import attention_varlen
@@ -167,6 +169,20 @@ def test_a_static_cache_ends_at_its_last_valid_key(n_q: int) -> None:
     torch.testing.assert_close(attend(packed, True), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("more_rows", [0, 2])
+def test_a_row_reaches_from_its_origin_to_its_position_or_the_last_key_it_sees(
+    more_rows: int,
+) -> None:
+    # It is at position 7 and sees no later key than 4; it is padding; it lies before its origin.
+    rows = torch.tensor([[2, 5, 7, 1], [3, 3, 4, 2], [0, 3, -1, 2]], dtype=torch.int32)[:, None]
+    padding = rows.clone()
+    padding[..., 1] = padding[..., 0]
+    layout = from_intervals(torch.cat([rows] + [padding] * more_rows, 1), 10, causal=True)
+    assert layout.n_q.tolist() == [1, 0, 1] and layout.row.tolist() == [0, 0, 0]
+    assert layout.key[::2].tolist() == [1, 1] and layout.n_k.tolist() == [8, 0, 2]
+    assert layout.bounds is not None and layout.bounds[::2, 0].tolist() == [[1, 4], [0, 2]]
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     "plan",
@@ -290,6 +306,44 @@ def test_an_interval_mask_is_read_once_for_all_layers() -> None:
     second = pack(q, k, v, Visibility(mask))
     assert next(iter(vars(mask).values())) == kept and len(kept) == 1
     assert torch.equal(second.seqs.q_len, first.seqs.q_len)
+
+
+def test_a_mask_is_read_again_when_its_first_reader_asks_again() -> None:
+    q, k, v = qkv()
+    mask = intervals(hiding(LEFT))
+    first, second = (pack(q, k, v, Visibility(mask), reader) for reader in (1, 2))
+    assert second.seqs is first.seqs and second.bounds is first.bounds
+    mask.copy_(intervals(hiding(slice(0))))
+    again = pack(q, k, v, Visibility(mask), 1)
+    assert again.seqs.k_len.tolist() == [L, L] != first.seqs.k_len.tolist()
+    assert pack(q, k, v, Visibility(mask), 2).seqs is again.seqs
+
+
+def test_what_was_read_before_a_capture_is_read_again_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = qkv()
+    mask = intervals(hiding(LEFT))
+    before = pack(q, k, v, Visibility(mask))
+    monkeypatch.setattr(packing, "is_capturing", lambda device: True)
+    inside = pack(q, k, v, Visibility(mask))
+    assert inside.seqs is not before.seqs
+    assert pack(q, k, v, Visibility(mask)).seqs is inside.seqs
+
+
+def test_of_dense_masks_those_of_users_are_read_for_each_layer() -> None:
+    q, k, v = qkv()
+    holes = hiding(slice(4, 6)) & hiding(slice(8, 9))
+    ours = interval_mask(
+        batch_size=B, q_length=L, kv_length=L, q_offset=0, attention_mask=holes, config=Llama
+    )
+    assert ours is not None and ours.dtype == torch.bool
+    theirs = ours.clone()
+    for mask, is_shared in ((ours, True), (theirs, False)):
+        first, second = (pack(q, k, v, Visibility(mask)) for _ in range(2))
+        assert (second.seqs is first.seqs) == is_shared
+        assert torch.equal(attend(first, True), attend(second, True))
+    assert not vars(theirs)
 
 
 def test_causal_and_other_modules_may_share_an_interval_mask() -> None:

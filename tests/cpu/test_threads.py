@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import modelopt_sparse as mtsa
-from modelopt_sparse.integrations import hf
+from modelopt_sparse.integrations import module_call
 from modelopt_sparse.kernels.types import DENSE
 from modelopt_sparse.methods import TritonSkipSoftmax, TritonSkipSoftmaxConfig
 from tests.cpu import tiny
@@ -50,8 +50,8 @@ def test_the_active_plan_is_set_during_a_call_and_only_then(monkeypatch):
         seen.append([_module(model, layer).active_plan is plan for layer in (0, 1)])
         return original(*args, plan=plan, **kwargs)
 
-    original = hf.attention_varlen
-    monkeypatch.setattr(hf, "attention_varlen", attend)
+    original = module_call.attention_varlen
+    monkeypatch.setattr(module_call, "attention_varlen", attend)
     logits(model)
     assert seen == [[True, False], [False, True]]
     assert _module(model).active_plan is None
@@ -66,7 +66,7 @@ def test_a_forward_that_fails_leaves_no_plan_behind(failure, monkeypatch):
         raise failure("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "attention_varlen", broken)
+        patch.setattr(module_call, "attention_varlen", broken)
         with pytest.raises(failure):
             logits(model)
     assert all(_module(model, layer).active_plan is None for layer in (0, 1))
@@ -117,8 +117,8 @@ def test_a_call_uses_the_plan_that_its_own_context_yields(monkeypatch):
         _module(model).active_plan = DENSE
         return original(*args, **kwargs)
 
-    original = hf.pack
-    monkeypatch.setattr(hf, "pack", meddling)
+    original = module_call.pack
+    monkeypatch.setattr(module_call, "pack", meddling)
     assert torch.equal(logits(model), expected)
 
 

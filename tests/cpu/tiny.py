@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 import modelopt_sparse as mtsa
-from modelopt_sparse.integrations import hf
+from modelopt_sparse.integrations import module_call
 
 TOPICS, WORDS, LENGTH = 8, 8, 300
 ATTENTION = ("model.layers.0.self_attn", "model.layers.1.self_attn")
@@ -142,7 +142,8 @@ class KernelCalls(list[Any]):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entries: list[str] = []
         for name in ("attention_varlen", "attention_reference"):
-            monkeypatch.setattr(hf, name, self._recording(name, getattr(hf, name)))
+            function = getattr(module_call, name)
+            monkeypatch.setattr(module_call, name, self._recording(name, function))
 
     def _recording(self, name: str, function: Any) -> Any:
         def recording(*args: Any, **kwargs: Any) -> Any:
