@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .cases import Case, Setting, smoke_cases, standard_cases
+from .decode_step import small_step_cases, step_cases
 from .run import Row, measure
 from .serving import serving_cases, small_serving_cases
 
@@ -13,6 +14,8 @@ __all__ = [
     "measure",
     "serving_cases",
     "small_serving_cases",
+    "small_step_cases",
     "smoke_cases",
     "standard_cases",
+    "step_cases",
 ]

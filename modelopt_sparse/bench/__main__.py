@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from .cases import Case, Setting, smoke_cases, standard_cases
+from .decode_step import small_step_cases, step_cases
 from .inputs import Shape
 from .report import environment, save, table_of
 from .run import Row, measure
@@ -28,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
-    cases = standard_cases() + serving_cases()
+    cases = standard_cases() + serving_cases() + step_cases()
     if options.smoke:
-        cases = smoke_cases() + small_serving_cases()
+        cases = smoke_cases() + small_serving_cases() + small_step_cases()
     cases = [case for case in cases if _is_chosen(case, options.only, options.without)]
     if options.list:
         for case in cases:

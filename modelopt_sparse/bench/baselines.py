@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .inputs import Inputs
-from .timing import Run
+from .timing import Run, Times
 
 MODELOPT = ("modelopt.torch.kernels.common.attention", "modelopt.torch.kernels")
 """Where its releases keep the kernel, the newest first."""
@@ -38,11 +38,13 @@ class Peer:
     Args:
         output: computes [T, Hq, D], to be checked; None if its result is defined otherwise than ours.
         note: what the reader should know of how it is run.
+        compare: the note that follows from our times and its own.
     """
 
     run: Run
     output: Callable[[], Tensor] | None = None
     note: str = ""
+    compare: Callable[[Times, Times], str] | None = None
 
 
 def sdpa(inputs: Inputs, backend: SDPBackend | None, mode: str = "forward") -> Peer:

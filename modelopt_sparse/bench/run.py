@@ -74,7 +74,7 @@ def measure(case: Case, setting: Setting, effort: Effort) -> list[Row]:
                 teraflops=trial.flops / ours.median / 1e9,
                 sparsity=trial.sparsity,
                 error=check.error,
-                note=peer.note,
+                note=peer.note if peer.compare is None else peer.compare(ours, theirs),
                 seconds=seconds,
             )
         )

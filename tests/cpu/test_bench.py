@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modelopt_sparse.bench import baselines, measure, serving, timing
+from modelopt_sparse.bench import baselines, decode_step, measure, serving, timing
 from modelopt_sparse.bench import cases as bench_cases
 from modelopt_sparse.bench.__main__ import main
 from modelopt_sparse.bench.cases import Check, Setting, smoke_cases, standard_cases
 from modelopt_sparse.bench.checks import forward_error
+from modelopt_sparse.bench.decode_step import small_step_cases, step_cases
 from modelopt_sparse.bench.inputs import (
     KEYS,
     ROWS,
@@ -26,6 +27,7 @@ from modelopt_sparse.bench.inputs import (
 from modelopt_sparse.bench.serving import caches, serving_cases, small_serving_cases
 from modelopt_sparse.bench.timing import Effort, Times, times_in_turn
 from modelopt_sparse.errors import ArgumentError
+from modelopt_sparse.integrations import module_call
 from modelopt_sparse.kernels import Plan, SkipSoftmax, SkipSoftmaxDecode, attention_reference
 
 CPU = torch.device("cpu")
@@ -96,7 +98,7 @@ def test_the_smoke_run_checks_and_times_every_kind_of_case(tmp_path, capsys):
     assert main(["--smoke", "--json", str(path)]) == 0
     data = json.loads(path.read_text())
     assert data["environment"]["torch"] == torch.__version__
-    every = standard_cases() + serving_cases()
+    every = standard_cases() + serving_cases() + step_cases()
     assert {row["group"] for row in data["rows"]} == {case.group for case in every}
     for row in data["rows"]:
         assert not row["failed"]
@@ -150,8 +152,43 @@ def test_a_wrong_decode_is_reported_and_not_timed(monkeypatch):
         assert row.failed and "FAILED: error 0." in row.note
 
 
+def test_a_step_is_set_beside_transformers_own_and_beside_attention_alone():
+    mine, alone = measure(small_step_cases()[0], SMALL, BRIEF)
+    assert (mine.peer, alone.peer) == (decode_step.TRANSFORMERS, decode_step.ALONE)
+    outside = 1000 * (alone.ours.median - alone.theirs.median) / 2
+    assert alone.note == f"{outside:.1f} us a layer outside of it"
+    assert mine.note == "" and mine.error < 1e-5
+
+
+@pytest.mark.parametrize("where", ["module_call", "alone"])
+def test_a_wrong_step_is_reported_and_not_timed(where, monkeypatch):
+    owner = decode_step if where == "alone" else module_call
+    real = owner.attention_varlen
+
+    def without_some_keys(*args, bounds, **options):
+        return real(*args, bounds=bounds - torch.tensor([0, 30], dtype=torch.int32), **options)
+
+    monkeypatch.setattr(owner, "attention_varlen", without_some_keys)
+    (row,) = measure(small_step_cases()[0], SMALL, BRIEF)
+    assert row.failed
+    assert ("attention alone is off" in row.note) == (where == "alone")
+
+
+def test_a_step_takes_the_same_token_each_time():
+    step = decode_step.Step(40, decode_step.Size(2, 48, 100), SMALL)
+    first, second = (step.logits("sdpa").clone() for _ in range(2))
+    assert torch.equal(first, second)
+    assert step.filled.tolist() == [40, 40]
+    last = [layer.keys[:, :, -1].clone() for layer in step.cache.layers]
+    step.logits(decode_step.ATTENTION_NAME)
+    for layer, before in zip(step.cache.layers, last, strict=True):
+        torch.testing.assert_close(layer.keys[:, :, -1], before)
+        assert before.abs().sum() > 0
+
+
 def test_names_of_cases_are_unique():
-    for cases in (standard_cases() + serving_cases(), smoke_cases() + small_serving_cases()):
+    every = standard_cases() + serving_cases() + step_cases()
+    for cases in (every, smoke_cases() + small_serving_cases() + small_step_cases()):
         assert len({case.name for case in cases}) == len(cases)
 
 
