@@ -67,6 +67,11 @@ def pages(call: Call) -> tuple[Tensor | None, Tensor | None, int, int, int, int]
     )  # fmt: skip
 
 
+def in_one_page(call: Call, block_keys: int) -> bool:
+    """Whether no page ends within a tile of keys."""
+    return call.block_tables is None or call.k.shape[1] % block_keys == 0
+
+
 def sequences(seqs: Seqs) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Where the sequences lie, and how many there are."""
     return seqs.q_start, seqs.q_len, seqs.k_start, seqs.k_len, seqs.q_len.shape[0]

@@ -205,7 +205,9 @@ class _Launches:
         call, q = self.call, self.call.q
         rows, heads = q.shape[:2]
         # With N:M, keys are loaded in another order than they lie in.
-        k_boxes, v_boxes, steps = boxes(call.k, call.v, launch.block_n, is_wanted=part.nm is None)
+        (k_boxes, v_boxes), (box_rows, _), box_columns = boxes(
+            (call.k, call.v), launch.block_n, is_wanted=part.nm is None
+        )
         C = self._variant(launch, part, k_boxes is not None, BIAS_GRADIENT=d_bias is not None)
         super_blocks = slot_count(rows, call.seqs.q_len.shape[0], call.seqs.max_q, SUPER_ROWS)
         words, n_words = _words(part)
@@ -215,7 +217,7 @@ class _Launches:
             lists = row_lists(words, super_blocks * (SUPER_ROWS // C.LIST_ROWS), C.GROUPS)
         tensors = (q, call.k, call.v, self.d_out, d_q)
         query_gradient_kernel[(super_blocks * (SUPER_ROWS // C.BLOCK_M) * heads,)](
-            *tensors[:4], self.row_sums, d_q, k_boxes, v_boxes, *steps,
+            *tensors[:4], self.row_sums, d_q, k_boxes, v_boxes, box_rows, *box_columns,
             *(arguments.strides(x) for x in tensors),
             *arguments.sequences(call.seqs), super_blocks, heads, heads // call.k.shape[1], rows,
             call.bounds, arguments.window(call.window),
@@ -238,7 +240,7 @@ class _Launches:
         if not super_blocks:
             return
         columns = super_blocks * (SUPER_ROWS // launch.block_n) * kv_heads
-        q_boxes, d_out_boxes, steps = boxes(q, self.d_out, launch.block_m)
+        (q_boxes, d_out_boxes), (box_rows, _), box_columns = boxes((q, self.d_out), launch.block_m)
         C = self._variant(launch, part, q_boxes is not None, MEMBERS=heads // kv_heads)
         words, n_words = _words(part)
         n_blocks = (-(-seqs.max_q // SUPER_ROWS) + 1) * (SUPER_ROWS // C.BLOCK_M)
@@ -273,7 +275,7 @@ class _Launches:
         n_launched = n_slots + columns if C.GIVEN else columns * shares
         key_gradient_kernel[(n_launched,)](
             *tensors[:4], self.row_sums, d_k, d_v, shares, slots, n_slots, shares_of, *sums,
-            q_boxes, d_out_boxes, *steps,
+            q_boxes, d_out_boxes, box_rows, *box_columns,
             *(arguments.strides(x) for x in tensors),
             *arguments.sequences(seqs), super_blocks, heads, heads // kv_heads, rows,
             call.bounds, arguments.window(call.window),

@@ -1,7 +1,8 @@
-"""Packed tensors as descriptors, which a GPU's copy engine reads in tiles."""
+"""Keys and values as descriptors, which a GPU's copy engine reads in tiles."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,40 +20,55 @@ def _has_copy_engine(device: torch.device) -> bool:
 
 
 def boxes(
-    x: Tensor, y: Tensor, block: int, is_wanted: bool = True
-) -> tuple[Any, Any, tuple[int, int, int]]:
-    """Descriptors of two tensors [tokens, heads, D or Dv], and what a head adds to their coordinates.
+    tensors: Sequence[Tensor], block: int, is_wanted: bool = True
+) -> tuple[list[Any], tuple[int, int], list[int]]:
+    """Descriptors of tensors [tokens, heads, channels] or [pages, page_size, heads, channels].
 
-    None where they aren't wanted, or where the GPU or the strides forbid.
-
+    Args:
+        tensors: of the same tokens and heads.
+        block: tokens of a tile; of pages, a divisor of their size.
+        is_wanted: all are None elsewhere, and where the GPU or the strides forbid.
     Returns:
-        x_boxes, y_boxes: of rows of D channels, in tiles [block, D].
-        steps: rows from head to head (of both), channels from head to head of x and of y.
+        boxes: of rows that are tokens, in tiles [block, channels].
+        rows: from head to head and from page to page, of all.
+        columns: channels from head to head, of each.
     """
-    none = None, None, (0, 0, 0)
-    if not is_wanted or not _has_copy_engine(x.device):
+    none = [None] * len(tensors), (0, 0), [0] * len(tensors)
+    if not is_wanted or not _has_copy_engine(tensors[0].device):
         return none
-    steps = []
-    for z in (x, y):
-        by_token, by_head, _ = z.stride()
-        size = z.element_size()
-        fits = z.data_ptr() % 16 == 0 and by_token * size % 16 == 0 and by_head * size % 16 == 0
-        if not fits or block_dim(z.shape[-1]) != z.shape[-1] or by_token <= 0 or not z.numel():
-            return none
-        steps.append((by_head // by_token, 0) if by_head % by_token == 0 else (0, by_head))
-    (x_rows, x_columns), (y_rows, y_columns) = steps
-    tokens, heads = x.shape[:2]
+    layouts = [layout for x in tensors if (layout := _layout(x)) is not None]
+    rows = {layout[:2] for layout in layouts}
+    if len(layouts) < len(tensors) or len(rows) > 1:
+        return none
+    found = [_box(x, layout, block) for x, layout in zip(tensors, layouts, strict=True)]
+    return found, rows.pop(), [layout[2] for layout in layouts]
+
+
+def _layout(x: Tensor) -> tuple[int, int, int] | None:
+    """Rows from head to head, rows from page to page, and channels from head to head; None: no box does."""
+    by_token, by_head, _ = x.stride()[-3:]
+    by_page = x.stride(0) if x.dim() == 4 else 0
+    size = x.element_size()
+    fits = x.data_ptr() % 16 == 0 and by_token * size % 16 == 0 and by_head * size % 16 == 0
+    if not fits or block_dim(x.shape[-1]) != x.shape[-1] or by_token <= 0 or not x.numel():
+        return None
+    if by_page % by_token:
+        return None
+    rows, columns = (by_head // by_token, 0) if by_head % by_token == 0 else (0, by_head)
+    layout = rows, by_page // by_token, columns
     # Coordinates are 32 bits wide.
-    furthest = max(tokens + heads * x_rows, heads * max(x_columns, y_columns))
-    if x_rows != y_rows or furthest >= 2**31:
-        return none
-    x_box, y_box = _box(x, x_rows, x_columns, block), _box(y, y_rows, y_columns, block)
-    return x_box, y_box, (x_rows, x_columns, y_columns)
+    return layout if max(_shape(x, layout)) < 2**31 else None
 
 
-def _box(x: Tensor, rows: int, columns: int, block: int) -> Any:
+def _shape(x: Tensor, layout: tuple[int, int, int]) -> list[int]:
+    """Rows and channels of the box that holds all of `x`."""
+    rows, page_rows, columns = layout
+    tokens, heads, dim = x.shape[-3:]
+    pages = x.shape[0] if x.dim() == 4 else 1
+    return [(pages - 1) * page_rows + (heads - 1) * rows + tokens, (heads - 1) * columns + dim]
+
+
+def _box(x: Tensor, layout: tuple[int, int, int], block: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    tokens, heads, dim = x.shape
-    shape = [tokens + (heads - 1) * rows, (heads - 1) * columns + dim]
-    return TensorDescriptor(x, shape, [x.stride(0), 1], [block, dim])
+    return TensorDescriptor(x, _shape(x, layout), [x.stride(-3), 1], [block, x.shape[-1]])

@@ -12,6 +12,7 @@ import triton
 from modelopt_sparse.errors import UnsupportedCall, describe
 
 from . import arguments
+from .boxes import boxes
 from .check import Call
 from .device.variant import Variant
 from .launch import Launch, decode_launch, shared_memory, split_dim, thriftier
@@ -24,8 +25,13 @@ from .types import Phase, SkipSoftmaxDecode
 # Rows of a sequence that decode together in one program, and rows of all its heads, at most.
 MOST_ROWS_OF_A_SEQUENCE = 16
 MOST_ROWS = 256
-DENSE_SPLIT_KEYS = 512
-"""Keys of a split where nothing is skipped: few, to fill a GPU, yet many beside what its sums take."""
+SHORT_SPLIT_KEYS, LONG_SPLIT_KEYS, LONG = 512, 2048, 8192
+"""Keys of a split where nothing is skipped, in sequences of fewer keys than LONG, and in others.
+
+Few fill a GPU; many cost less beside what begins and ends a program.
+"""
+# Channels of a merge program.
+_CHANNELS = 32
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,14 @@ class DecodeVariant(Variant):
 
 @dataclass(frozen=True)
 class MergeVariant:
-    """Compile-time constants of the merge kernel, as in `DecodeVariant`."""
+    """Compile-time constants of the merge kernel, as in `DecodeVariant`.
+
+    Args:
+        CHANNELS: of a program, a power of two.
+    """
 
     HEAD_DIM_V: int
-    BLOCK_DV: int
+    CHANNELS: int
     HAS_SINKS: bool
     SKIP: bool
     EXACT: bool
@@ -108,8 +118,8 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
     heads, batch = q.shape[1], seqs.q_len.shape[0]
     exact = skip is not None and skip.exact_normalizer
     words = None if skip is None else results.decode_words
-    keys_of_split = split_keys(skip)
-    splits = max(1, triton.cdiv(seqs.max_k, keys_of_split))
+    short, long = split_keys(skip)
+    splits = max(1, triton.cdiv(min(seqs.max_k, LONG - 1), short), triton.cdiv(seqs.max_k, long))
     entries = batch * max_q * heads
     seeds = sums = out_of_splits = None
     if skip is not None:
@@ -118,12 +128,19 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         sums = torch.empty((splits, entries, 4), dtype=torch.float32, device=q.device)
         shape = (splits, entries, v.shape[-1])
         out_of_splits = torch.empty(shape, dtype=torch.float32, device=q.device)
+    main, rest = split_dim(k.shape[-1])
+    parts = (k[..., :main], v, k[..., main:]) if rest else (k, v)
+    found, box_rows, box_columns = boxes(
+        parts, launch.block_n, is_wanted=arguments.in_one_page(call, launch.block_n)
+    )
     C = DecodeVariant(
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         STAGES=launch.stages,
         HAS_LOWER_EDGE=call.bounds is not None or call.window is not None,
+        BOXES=found[0] is not None,
         SKIP=skip is not None,
+        LATE_VALUES=launch.late_values,
         STORE_TILES=words is not None,
         WEIGH_SKIPPED=skip is not None and (results.dropped is not None or exact),
         EXACT=exact,
@@ -135,14 +152,16 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         **arguments.features(call) | _channels(q.shape[-1]),
     )
     blocks = triton.cdiv(members * max_q, C.BLOCK_M)
+    units = batch * (heads // members) * blocks
 
     def run(C: DecodeVariant, splits: int) -> None:
-        decode_kernel[(batch * (heads // members) * splits * blocks,)](
+        decode_kernel[(units * splits,)](
             q, k, v, results.out, results.lse, seeds, sums, out_of_splits,
+            *found, *((None,) if not rest else ()), *box_rows, *box_columns, *((0,) if not rest else ()),
             *(arguments.strides(x) for x in (q, k, v, results.out)),
             *arguments.pages(call),
             *arguments.sequences(seqs)[:4], heads, heads // k.shape[-2], members, blocks, max_q, splits,
-            keys_of_split // C.BLOCK_N, entries,
+            short // C.BLOCK_N, long // C.BLOCK_N, LONG, entries,
             call.bounds, arguments.window(call.window),
             *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
             call.sinks, call.scale, call.softcap or 0.0, call.v_scale,
@@ -156,11 +175,11 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         run(replace(C, ONLY_SEEDS=True, STORE_TILES=False, THRESHOLDS=0, IS_SPLIT=False), 1)
     run(C, splits)
     if splits > 1:
-        merged = MergeVariant(C.HEAD_DIM_V, C.BLOCK_DV, C.HAS_SINKS, C.SKIP, C.EXACT, C.ALL_DECODE)
-        merge_kernel[(entries,)](
+        merged = MergeVariant(C.HEAD_DIM_V, _CHANNELS, C.HAS_SINKS, C.SKIP, C.EXACT, C.ALL_DECODE)
+        merge_kernel[(entries, triton.cdiv(C.HEAD_DIM_V, _CHANNELS))](
             sums, out_of_splits, results.out, results.lse, arguments.strides(results.out),
-            seqs.q_start, seqs.q_len, seqs.k_len, entries, heads, max_q, keys_of_split, call.sinks,
-            call.v_scale, results.bound, results.dropped, merged, num_warps=4,
+            seqs.q_start, seqs.q_len, seqs.k_len, entries, heads, max_q, short, long, LONG, call.sinks,
+            call.v_scale, results.bound, results.dropped, merged, num_warps=1,
         )  # fmt: skip
 
 
@@ -181,11 +200,13 @@ def _has_values_in_keys(call: Call) -> bool:
     return bool(v.shape[-1] == split_dim(k.shape[-1])[0])
 
 
-def split_keys(skip: SkipSoftmaxDecode | None) -> int:
-    """Keys of a split: one program's, so that bits depend on nothing but the sequence itself.
+def split_keys(skip: SkipSoftmaxDecode | None) -> tuple[int, int]:
+    """Keys of a split in short and in long sequences.
 
-    Where tiles are skipped, whole segments, for each begins anew, and whole words of decisions.
+    A program computes one, so that bits depend on nothing but the sequence itself. Where tiles are skipped,
+    it has whole segments, for each begins anew, and whole words of decisions.
     """
     if skip is None:
-        return DENSE_SPLIT_KEYS
-    return skip.block_keys * math.lcm(skip.segment_keys // skip.block_keys, 32)
+        return SHORT_SPLIT_KEYS, LONG_SPLIT_KEYS
+    keys = skip.block_keys * math.lcm(skip.segment_keys // skip.block_keys, 32)
+    return keys, keys

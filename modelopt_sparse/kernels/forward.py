@@ -27,9 +27,19 @@ def forward(call: Call, keep_tiles: bool) -> Results:
     if not call.k.shape[0]:
         results.out.zero_()
         results.lse.fill_(-math.inf)
+        for tallies in (results.prefill, results.decode, results.bound, results.dropped):
+            if tallies is not None:
+                tallies.zero_()
         return results
     with launching(call):
-        clear_unowned(results.out, call.seqs.q_start, call.seqs.q_len, lse=results.lse)
+        clear_unowned(
+            results.out,
+            call.seqs.q_start,
+            call.seqs.q_len,
+            lse=results.lse,
+            counts=(results.prefill, results.decode),
+            shares=(results.bound, results.dropped),
+        )
         _launch(call, results)
     return results
 

@@ -65,6 +65,15 @@ def split_dim(dim: int) -> tuple[int, int]:
     return (whole // 2, rest) if whole > 16 and whole // 2 + rest < whole else (whole, 0)
 
 
+def may_be_late(dim_v: int) -> bool:
+    """Whether the prefill kernel may load values of so many channels late.
+
+    The ptxas that comes with Triton 3.6 takes another register for the address of the second 16 keys of such
+    tiles where they are 32 channels wide.
+    """
+    return block_dim(dim_v) >= 64
+
+
 @lru_cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may use on a device."""
@@ -114,7 +123,7 @@ def prefill_launch(
         warps = 4 if block_m <= 64 else 8
         return Launch(block_m, block_n, warps, stages, late_values=True) if stages > 0 else None
 
-    if decision is not None and itemsize == 2 and not has_nm:
+    if decision is not None and itemsize == 2 and not has_nm and may_be_late(dims[1]):
         if decides:
             # A vote waits for all warps of a program. With one row tile each, and two programs that share
             # a multiprocessor, one computes while the other waits: for its vote, or for values it kept.
@@ -176,6 +185,9 @@ def decode_launch(
     if not is_deciding:
         block_m = min(block_m, 64)
         block_n = 64 if itemsize == 2 else 32
+    elif itemsize == 2 and block_m == 16 and max(dims) <= 128:
+        # Values are waited for, so that many small programs shall share a multiprocessor.
+        return Launch(block_m, block_n, 2, 2)
     bytes_q = block_m * sum(split_dim(dims[0])) * itemsize
     bytes_k = block_n * sum(split_dim(dims[0])) * itemsize
     bytes_v = 0 if v_in_k else block_n * block_dim(dims[1]) * itemsize

@@ -50,18 +50,30 @@ def launch_first_that_fits(launches: Iterable[Launch], run: Callable[[Launch], N
 
 
 def clear_unowned(
-    x: Tensor, start: Tensor, length: Tensor, lse: Tensor | None = None, y: Tensor | None = None
+    x: Tensor,
+    start: Tensor,
+    length: Tensor,
+    lse: Tensor | None = None,
+    y: Tensor | None = None,
+    counts: tuple[Tensor | None, Tensor | None] = (None, None),
+    shares: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     """Writes 0 (and an lse of -inf) to the tokens that no sequence owns; kernels write all others.
 
     Args:
         x, y: [tokens, heads, dim], each with a dim of its own. lse: [tokens, heads].
         start, length: int32 [B], the tokens of each sequence.
+        counts, shares: int64, and fp32 [tokens, heads], all of which become 0.
     """
     tokens, heads, dim = x.shape
     dim_y = dim if y is None else y.shape[-1]
     if tokens:
         clear_kernel[(triton.cdiv(tokens, 128),)](
             x, arguments.strides(x), lse, y, None if y is None else arguments.strides(y),
-            start, length, len(start), tokens, heads, dim, block_dim(dim), dim_y, block_dim(dim_y),
+            start, length, len(start), tokens, heads,
+            counts[0], _size(counts[0]), counts[1], _size(counts[1]), *shares, dim, block_dim(dim), dim_y, block_dim(dim_y),
         )  # fmt: skip
+
+
+def _size(x: Tensor | None) -> int:
+    return 0 if x is None else x.numel()

@@ -11,7 +11,7 @@ from . import arguments
 from .boxes import boxes
 from .check import Call
 from .device.variant import Variant
-from .launch import Launch, prefill_launch, shared_memory, thriftier
+from .launch import Launch, may_be_late, prefill_launch, shared_memory, thriftier
 from .launching import launch_first_that_fits
 from .programs.prefill import prefill_kernel
 from .results import Results, scratch
@@ -49,7 +49,8 @@ def _launch(call: Call, results: Results, only_prefill: bool) -> None:
         arguments.grid_bytes(call),
         shared_memory(call.q.device),
     )
-    launches = thriftier(best, *(decision or (16, 16)), may_be_late=True)
+    late = may_be_late(call.v.shape[-1])
+    launches = thriftier(best, *(decision or (16, 16)), may_be_late=late)
     launch_first_that_fits(launches, partial(_launch_as, call, results, only_prefill, decision))
 
 
@@ -66,8 +67,10 @@ def _launch_as(
     if not super_blocks:
         return
     nm, skip, tiles = plan.nm, plan.skip, plan.tiles
-    k_boxes, v_boxes, steps = boxes(
-        k, v, launch.block_n, is_wanted=nm is None and call.block_tables is None
+    pieces = 2 if call.block_tables is not None and 2 * k.shape[1] == launch.block_n else 1
+    piece = launch.block_n // pieces
+    (k_boxes, v_boxes), box_rows, box_columns = boxes(
+        (k, v), piece, is_wanted=nm is None and arguments.in_one_page(call, piece)
     )
     C = Variant(
         BLOCK_M=launch.block_m,
@@ -75,6 +78,7 @@ def _launch_as(
         STAGES=launch.stages,
         HAS_LOWER_EDGE=call.bounds is not None or call.window is not None or nm is not None,
         BOXES=k_boxes is not None,
+        PIECES=1 if k_boxes is None else pieces,
         N=nm.n if nm else 0,
         M=nm.m if nm else 4,
         SKIP=skip is not None,
@@ -96,7 +100,7 @@ def _launch_as(
     if C.WEIGH_SKIPPED and dropped is None:
         dropped = torch.empty_like(results.lse)
     prefill_kernel[(blocks * heads,)](
-        q, k, v, results.out, results.lse, k_boxes, v_boxes, *steps,
+        q, k, v, results.out, results.lse, k_boxes, v_boxes, *box_rows, *box_columns,
         *(arguments.strides(x) for x in (q, k, v, results.out)),
         *arguments.pages(call),
         *arguments.sequences(seqs), super_blocks, heads, heads // k.shape[-2],

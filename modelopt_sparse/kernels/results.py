@@ -36,7 +36,7 @@ class Results:
 
 
 def allocate(call: Call, keep_tiles: bool) -> Results:
-    """The tensors of a checked call.
+    """The tensors of a checked call, in which anything may be but in words.
 
     Args:
         keep_tiles: whether decisions are wanted even without ``call.details``.
@@ -44,35 +44,37 @@ def allocate(call: Call, keep_tiles: bool) -> Results:
     q, seqs, plan = call.q, call.seqs, call.plan
     (rows, heads), batch = q.shape[:2], seqs.q_len.shape[0]
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=q.device)
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    def words_of(n: int, keys: int) -> Tensor:
+        shape = n, heads, word_count(seqs.max_k, keys)
+        return torch.zeros(shape, dtype=torch.int32, device=q.device)
 
     def counts(skip: SkipSoftmax | SkipSoftmaxDecode | None) -> Tensor | None:
         if skip is None:
             return None
-        return zeros(2 + padded(len(skip.count_thresholds)), heads, dtype=torch.int64)
+        return empty(2 + padded(len(skip.count_thresholds)), heads, dtype=torch.int64)
 
     skips = plan.skip is not None or plan.skip_decode is not None
     keep_tiles = keep_tiles or call.details
     words = decode_words = None
     if plan.skip is not None and keep_tiles:
         slots = slot_count(rows, batch, seqs.max_q, plan.skip.block_rows)
-        n_words = word_count(seqs.max_k, plan.skip.block_keys)
-        words = zeros(slots, heads, n_words, dtype=torch.int32)
+        words = words_of(slots, plan.skip.block_keys)
     if plan.skip_decode is not None and keep_tiles:
-        n_words = word_count(seqs.max_k, plan.skip_decode.block_keys)
-        decode_words = zeros(batch, heads, n_words, dtype=torch.int32)
+        decode_words = words_of(batch, plan.skip_decode.block_keys)
     may_prefill = call.phase is Phase.PREFILL or (call.phase is None and seqs.max_q > 1)
     may_decode = call.phase is not Phase.PREFILL
     return Results(
-        out=torch.empty((rows, heads, call.v.shape[-1]), dtype=q.dtype, device=q.device),
-        lse=torch.empty((rows, heads), dtype=torch.float32, device=q.device),
+        out=empty(rows, heads, call.v.shape[-1], dtype=q.dtype),
+        lse=empty(rows, heads),
         prefill=counts(plan.skip) if may_prefill else None,
         decode=counts(plan.skip_decode) if may_decode else None,
         words=words,
         decode_words=decode_words,
-        dropped=zeros(rows, heads) if skips and call.details else None,
-        bound=zeros(rows, heads) if skips else None,
+        dropped=empty(rows, heads) if skips and call.details else None,
+        bound=empty(rows, heads) if skips else None,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modelopt_sparse.kernels import Phase, Plan, Seqs, SkipSoftmaxDecode, attention_triton
-from modelopt_sparse.kernels.decode import DENSE_SPLIT_KEYS, split_keys
+from modelopt_sparse.kernels import Phase, Plan, Seqs, SkipSoftmaxDecode, attention_triton, decode
+from modelopt_sparse.kernels.decode import LONG_SPLIT_KEYS, SHORT_SPLIT_KEYS, split_keys
 from tests.inputs import check, features, needs_interpreter, topical
 
 pytestmark = needs_interpreter
@@ -25,10 +25,18 @@ each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
 
 def test_splits_are_whole_segments_and_whole_words_of_decisions():
-    assert split_keys(None) == DENSE_SPLIT_KEYS
-    assert split_keys(SKIP) == 512
-    assert split_keys(SkipSoftmaxDecode(0.1)) == 4096
-    assert split_keys(SkipSoftmaxDecode(0.1, 32, 96)) == 96 * 32
+    assert split_keys(None) == (SHORT_SPLIT_KEYS, LONG_SPLIT_KEYS)
+    assert split_keys(SKIP) == (512, 512)
+    assert split_keys(SkipSoftmaxDecode(0.1)) == (4096, 4096)
+    assert split_keys(SkipSoftmaxDecode(0.1, 32, 96)) == (96 * 32, 96 * 32)
+
+
+def test_long_sequences_have_longer_splits(monkeypatch):
+    monkeypatch.setattr(decode, "LONG", 600)
+    monkeypatch.setattr(decode, "LONG_SPLIT_KEYS", 640)
+    lengths = [599, 600, 1300, 40]
+    inputs = topical([1] * len(lengths), lengths, kv_heads=2, dtype=torch.float32)
+    check(inputs, Plan(), attention_triton)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

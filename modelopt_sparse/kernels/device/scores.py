@@ -43,20 +43,27 @@ def columns_to_keys(C: tl.constexpr):
 
 @triton.jit
 def load_keys(base, stride, tile, is_key, C: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """The keys (or values) of a tile in the order of its columns, 0 where not `is_key`: [BLOCK_N, BLOCK].
+    """The keys (or values) of a tile, packed, in the order of its columns and the dtype of the queries.
 
     Args:
         base: pointer to the head's first channel of the sequence's first key. stride: from key to key.
-        is_key: bool [BLOCK_N], or None for all.
+        is_key: bool [BLOCK_N], where others are 0; or None for all.
+    Returns:
+        [BLOCK_N, BLOCK].
     """
     tile_base = base + (tile * C.BLOCK_N).to(tl.int64) * stride
-    x = load_rows(tile_base, stride, columns_to_keys(C), is_key, DIM, BLOCK)
+    return as_queries(load_rows(tile_base, stride, columns_to_keys(C), is_key, DIM, BLOCK), C)
+
+
+@triton.jit
+def as_queries(x, C: tl.constexpr):
+    """Keys or values as they are stored, in the dtype of the queries."""
     return x if C.KV_AS is None else x.to(C.KV_AS)
 
 
 @triton.jit
 def pages_of(table, table_stride, page_stride, sequence, C: tl.constexpr):
-    """What `load_paged` takes of a sequence; nothing to use where keys are packed."""
+    """A sequence's table, and elements from page to page; nothing to use where keys are packed."""
     if C.PAGE > 0:
         return table + sequence.to(tl.int64) * table_stride, page_stride
     else:
@@ -64,84 +71,173 @@ def pages_of(table, table_stride, page_stride, sequence, C: tl.constexpr):
 
 
 @triton.jit
-def load_paged(
-    base, stride, pages, tile, is_key, C: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """`load_keys` of keys that may be in pages.
+def pages_at(kv, tile, stop_key, C: tl.constexpr):
+    """The pages in which the keys of a tile lie, and its values: of each key, or of all where they share one.
+
+    A loop asks for those of its next tile before it computes this one, for loads that wait for a table wait
+    twice. Nothing to use where keys are packed.
+
+    Args:
+        kv: as for `load_k`. stop_key: one past the last key that a row sees; a table may end there.
+    """
+    return page_numbers(kv[6][0], tile, stop_key, C), page_numbers(kv[7][0], tile, stop_key, C)
+
+
+@triton.jit
+def page_numbers(table, tile, stop_key, C: tl.constexpr):
+    """int32, one, C.PIECES, or [BLOCK_N]; see `pages_at`."""
+    if C.PAGE == 0:
+        return tile
+    elif C.PIECES == 2:
+        first = page_of_key(table, tile * C.BLOCK_N, stop_key, C)
+        return first, page_of_key(table, tile * C.BLOCK_N + C.PAGE, stop_key, C)
+    elif C.PAGE % C.BLOCK_N == 0:
+        return page_of_key(table, tile * C.BLOCK_N, stop_key, C)
+    else:
+        return page_of_key(table, tile * C.BLOCK_N + columns_to_keys(C), stop_key, C)
+
+
+@triton.jit
+def page_of_key(table, key, stop_key, C: tl.constexpr):
+    """The page of a key (or of each), 0 where there is none."""
+    return tl.load(table + key // C.PAGE, mask=(key >= 0) & (key < stop_key), other=0)
+
+
+@triton.jit
+def load_stored(
+    base, stride, page_stride, page, tile, shown,
+    C: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`load_keys` of keys that may be in pages, in the dtype that they are stored in.
 
     Args:
         base: where they are, pointer to the head's first channel of slot 0 of page 0. stride: from slot to
             slot.
-        pages: (pointer to the sequence's page numbers, elements from page to page).
+        page: from `page_numbers`.
     """
     if C.PAGE == 0:
-        return load_keys(base, stride, tile, is_key, C, DIM, BLOCK)
+        base += (tile * C.BLOCK_N).to(tl.int64) * stride
+        return load_rows(base, stride, columns_to_keys(C), shown, DIM, BLOCK)
+    elif C.PAGE % C.BLOCK_N == 0:
+        base += page.to(tl.int64) * page_stride
+        slot = tile % (C.PAGE // C.BLOCK_N) * C.BLOCK_N
+        base += slot.to(tl.int64) * stride
+        return load_rows(base, stride, columns_to_keys(C), shown, DIM, BLOCK)
     else:
-        table, page_stride = pages
-        if C.PAGE % C.BLOCK_N == 0:
-            # A tile lies in one page.
-            TILES: tl.constexpr = C.PAGE // C.BLOCK_N
-            page = tl.load(table + tile // TILES).to(tl.int64)
-            base += page * page_stride + (tile % TILES * C.BLOCK_N).to(tl.int64) * stride
-            x = load_rows(base, stride, columns_to_keys(C), is_key, DIM, BLOCK)
-        else:
-            keys = tile * C.BLOCK_N + columns_to_keys(C)
-            page = tl.load(table + keys // C.PAGE, mask=is_key).to(tl.int64)
-            bases = base + (page * page_stride)[:, None]
-            x = load_rows(bases, stride, keys % C.PAGE, is_key, DIM, BLOCK)
-        return x if C.KV_AS is None else x.to(C.KV_AS)
+        keys = tile * C.BLOCK_N + columns_to_keys(C)
+        if C.PIECES == 2:
+            page = tl.where(keys % C.BLOCK_N < C.PAGE, page[0], page[1])
+        bases = base + (page.to(tl.int64) * page_stride)[:, None]
+        slots = keys % C.PAGE
+        return load_rows(bases, stride, slots, shown, DIM, BLOCK)
 
 
 @triton.jit
-def load_k(kv, tile, is_key, C: tl.constexpr, IS_EDGE: tl.constexpr):
-    """The keys of a tile: [BLOCK_N, BLOCK_D].
+def load_box(box, page, tile, C: tl.constexpr):
+    """The keys (or values) of a tile, as they are stored: [BLOCK_N, channels of the box], or C.PIECES of these.
 
     Args:
-        kv: (k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages): pointers, strides and pages as for
-            `load_paged`; where C.BOXES, boxes are (descriptor [.., D], row of the sequence's first key,
+        box: (descriptor, row of the head's first key (or of slot 0 of its page 0), rows from page to page,
             column of the head).
-        is_key: bool [BLOCK_N], the columns to load at an edge; elsewhere all are. By boxes all are loaded at
-            edges too: what a hidden key holds reaches hidden scores only.
+        page: as for `load_stored`.
     """
-    k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages = kv
-    if C.BOXES:
-        return k_box[0].load([k_box[1] + tile * C.BLOCK_N, k_box[2]])
-    shown = is_key if IS_EDGE else None
-    return load_paged(k, k_stride, k_pages, tile, shown, C, C.HEAD_DIM, C.BLOCK_D)
+    boxes, row, page_rows, column = box
+    if C.PIECES == 2:
+        return (
+            boxes.load([row + page[0] * page_rows, column]),
+            boxes.load([row + page[1] * page_rows, column]),
+        )
+    elif C.PAGE > 0:
+        slot = tile % (C.PAGE // C.BLOCK_N) * C.BLOCK_N
+        return boxes.load([row + page * page_rows + slot, column])
+    else:
+        return boxes.load([row + tile * C.BLOCK_N, column])
 
 
 @triton.jit
-def load_v(
-    kv, tile, keys, is_key, low, high, sees, has_gaps, grids,
-    C: tl.constexpr, IS_EDGE: tl.constexpr,
-):  # fmt: skip
-    """The values of a tile: [BLOCK_N, BLOCK_DV]. At an edge as `only_seen` leaves them."""
-    k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages = kv
-    if IS_EDGE:
-        values = load_paged(v, v_stride, v_pages, tile, is_key, C, C.HEAD_DIM_V, C.BLOCK_DV)
-        return only_seen(values, keys, low, high, sees, has_gaps, grids, C)
-    if C.BOXES:
-        return v_box[0].load([v_box[1] + tile * C.BLOCK_N, v_box[2]])
-    return load_paged(v, v_stride, v_pages, tile, None, C, C.HEAD_DIM_V, C.BLOCK_DV)
-
-
-@triton.jit
-def only_seen(values, keys, low, high, sees, has_gaps, grids, C: tl.constexpr):
-    """Values of which those of keys that no row sees are 0, so that a NaN in an unused place reaches nobody.
+def load_k(kv, tile, pages, shown, C: tl.constexpr, BY_BOX: tl.constexpr):
+    """The keys of a tile, as they are stored: [BLOCK_N, BLOCK_D], or what `load_box` returns.
 
     Args:
-        values: [BLOCK_N, BLOCK_DV], 0 before the first key that a row sees, and after the last.
+        kv: (k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages, rest_box): pointers and strides as for
+            `load_stored`; boxes as for `load_box`, for C.BOXES; pages are (table of the sequence, elements
+            from page to page).
+        pages: from `pages_at`.
+        shown: bool [BLOCK_N], where others are 0; or None for all. By boxes all are loaded.
+    """
+    k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages, rest_box = kv
+    if BY_BOX:
+        return load_box(k_box, pages[0], tile, C)
+    else:
+        return load_stored(k, k_stride, k_pages[1], pages[0], tile, shown, C, C.HEAD_DIM, C.BLOCK_D)
+
+
+@triton.jit
+def load_v(kv, tile, pages, shown, C: tl.constexpr, BY_BOX: tl.constexpr):
+    """The values of a tile, as `load_k` loads its keys: [BLOCK_N, BLOCK_DV]."""
+    k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages, rest_box = kv
+    if BY_BOX:
+        return load_box(v_box, pages[1], tile, C)
+    else:
+        return load_stored(
+            v, v_stride, v_pages[1], pages[1], tile, shown, C, C.HEAD_DIM_V, C.BLOCK_DV
+        )
+
+
+@triton.jit
+def multiply_keys(q, k_tile, C: tl.constexpr, IN_PIECES: tl.constexpr):
+    """Products of q and the keys of a tile: fp32 [BLOCK_M, BLOCK_N].
+
+    Args:
+        k_tile: from `load_k`. IN_PIECES: it came so.
+    """
+    if IN_PIECES:
+        first = tl.dot(q, tl.trans(as_queries(k_tile[0], C)))
+        second = tl.dot(q, tl.trans(as_queries(k_tile[1], C)))
+        return tl.join(first, second).permute(0, 2, 1).reshape(C.BLOCK_M, C.BLOCK_N)
+    else:
+        return tl.dot(q, tl.trans(as_queries(k_tile, C)), input_precision=C.PRECISION)
+
+
+@triton.jit
+def add_values(acc, p, v_tile, C: tl.constexpr, IN_PIECES: tl.constexpr):
+    """`acc` and the values of a tile, weighted: fp32 [BLOCK_M, BLOCK_DV].
+
+    Args:
+        p: weights [BLOCK_M, BLOCK_N]. v_tile: from `load_v`. IN_PIECES: it came so.
+    """
+    if IN_PIECES:
+        first_v = as_queries(v_tile[0], C)
+        second_v = as_queries(v_tile[1], C)
+        halves = p.to(first_v.dtype).reshape(C.BLOCK_M, 2, C.BLOCK_N // 2).permute(0, 2, 1)
+        first, second = halves.split()
+        return tl.dot(second, second_v, tl.dot(first, first_v, acc))
+    else:
+        values = as_queries(v_tile, C)
+        return tl.dot(p.to(values.dtype), values, acc, input_precision=C.PRECISION)
+
+
+@triton.jit
+def seen_keys(keys, is_key, low, high, sees, has_gaps, grids, C: tl.constexpr):
+    """Which keys some row sees: bool [BLOCK_N]. The value of another may be NaN, and must reach nobody.
+
+    Args:
+        is_key: keys from the first that a row sees to the last.
         has_gaps: in between may lie some that none does.
     """
     mask, bias = grids
     if C.HAS_GRIDS:
-        seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
-        values = tl.where(seen[:, None], values, 0.0).to(values.dtype)
-    elif C.HAS_BOUNDS:
+        return is_key & any_row(visible(keys, low, high, sees, mask, bias, C))
+    if C.HAS_BOUNDS:
         if has_gaps:
-            seen = tl.max(visible(keys, low, high, sees, mask, bias, C).to(tl.int32), 0) != 0
-            values = tl.where(seen[:, None], values, 0.0).to(values.dtype)
-    return values
+            is_key = is_key & any_row(visible(keys, low, high, sees, mask, bias, C))
+    return is_key
+
+
+@triton.jit
+def any_row(x):
+    """Which columns of a bool tensor hold a true value."""
+    return tl.max(x.to(tl.int32), 0) != 0
 
 
 @triton.jit

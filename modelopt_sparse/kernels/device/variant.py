@@ -18,7 +18,8 @@ class Variant:
         CAUSAL, HAS_BOUNDS: what limits rows.
         ONLY_EDGES: no tile is treated as fully visible, for none is known to be, or to have but one loop.
         HAS_LOWER_EDGE: some rows may not see the keys of the first tiles.
-        BOXES: keys and values come by tensor descriptors, in tiles that all rows see.
+        BOXES: keys and values come by tensor descriptors, in tiles that all rows see. PIECES: boxes of a
+            tile; two where a page is half a tile.
         HAS_MASK, HAS_BIAS, HAS_SOFTCAP, HAS_SINKS: what a call has.
         N, M: N:M sparsity; N = 0 is none.
         SKIP: row tiles decide which key tiles they skip. GIVEN: lists say so.
@@ -46,6 +47,7 @@ class Variant:
     ONLY_EDGES: bool = False
     HAS_LOWER_EDGE: bool = False
     BOXES: bool = False
+    PIECES: int = 1
     HAS_MASK: bool = False
     HAS_BIAS: bool = False
     HAS_SOFTCAP: bool = False

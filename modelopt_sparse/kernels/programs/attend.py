@@ -6,9 +6,13 @@ import triton
 import triton.language as tl
 
 from modelopt_sparse.kernels.device.scores import (
+    add_values,
     columns_to_keys,
     load_k,
     load_v,
+    multiply_keys,
+    pages_at,
+    seen_keys,
     transform,
     visible,
 )
@@ -16,6 +20,17 @@ from modelopt_sparse.kernels.device.softmax import bound_of, rescale
 from modelopt_sparse.kernels.device.visits import ordered_tile, takes_part
 from modelopt_sparse.kernels.stages.nm import nm_select, nm_shielded
 from modelopt_sparse.kernels.stages.skip import bit_count, count_skipped, gather_tiles, vote
+
+
+@triton.jit
+def tile_of(visit, order, given_tiles, C: tl.constexpr):
+    """The key tile of a visit; arguments are those of `attend`."""
+    if C.GIVEN:
+        return tl.load(given_tiles + visit).to(tl.int32)
+    elif C.SKIP:
+        return ordered_tile(visit, order)
+    else:
+        return order[0] - visit
 
 
 @triton.jit
@@ -50,37 +65,40 @@ def attend(
     mask, bias = grids
     n_k, factor, scale_log2, softcap, nm = numbers
     threshold, counted = skipping
+    V_BY_BOX: tl.constexpr = C.BOXES and not IS_EDGE
     # With late values two programs share a multiprocessor, and there is no room for more at edges.
     STAGES: tl.constexpr = 1 if IS_EDGE and C.LATE_VALUES else C.STAGES
     # A loop ends while its last product is still being computed. In a branch of its own, the sums
     # of a loop that does not run (zeros, set just then) meet the result only after the wait for it;
     # otherwise ptxas may serialise all products (C7515).
     if start < stop:
+        pages = pages_at(kv, tile_of(start, order, given_tiles, C), stop_key, C)
         for visit in tl.range(start, stop, num_stages=STAGES):
+            tile = tile_of(visit, order, given_tiles, C)
             takes_rows = is_row
             if C.GIVEN:
-                tile = tl.load(given_tiles + visit).to(tl.int32)
                 if C.GROUPS > 1:
                     groups = tl.load(given_groups + visit).to(tl.int32)
                     takes_rows = is_row & (((groups >> group) & 1) != 0)
             elif C.SKIP:
-                tile = ordered_tile(visit, order)
                 if IS_EDGE:
                     takes_rows = is_row & takes_part(visit, tile, order, last, first)
-            else:
-                tile = order[0] - visit
 
             # The values are loaded before it is known whether they are needed: so the load stays in
             # the pipeline.
             keys = tile * C.BLOCK_N + columns_to_keys(C)
             is_key = (keys >= first_key) & (keys < stop_key)
-            k_tile = load_k(kv, tile, is_key, C, IS_EDGE)
+            shown = None
+            is_seen = None
+            if IS_EDGE:
+                shown = is_key
+                is_seen = seen_keys(keys, is_key, low, high, takes_rows, has_gaps, grids, C)
+            # What a hidden key holds reaches hidden scores only, so that boxes do at edges too.
+            k_tile = load_k(kv, tile, pages, shown, C, C.BOXES)
             if not C.LATE_VALUES:
-                v_tile = load_v(
-                    kv, tile, keys, is_key, low, high, takes_rows, has_gaps, grids, C, IS_EDGE
-                )
+                v_tile = load_v(kv, tile, pages, is_seen, C, V_BY_BOX)
 
-            scores = tl.dot(q, tl.trans(k_tile), input_precision=C.PRECISION)
+            scores = multiply_keys(q, k_tile, C, C.PIECES == 2)
             scores = transform(scores, keys, n_k, is_row, bias, scale_log2, softcap, C)
             if IS_EDGE:
                 seen = visible(keys, low, high, takes_rows, mask, bias, C)
@@ -132,16 +150,17 @@ def attend(
                 p = tl.exp2(scores * factor - pivot[:, None])
                 tile_sum = tl.sum(p, 1)
                 if C.LATE_VALUES:
-                    v_tile = load_v(
-                        kv, tile, keys, is_key, low, high, takes_rows, has_gaps, grids, C, IS_EDGE
-                    )
+                    v_tile = load_v(kv, tile, pages, is_seen, C, V_BY_BOX)
                 if C.WEIGH_SKIPPED:
                     p = tl.where(stays[:, None], p, 0.0)
                     lost = tl.fma(lost, alpha, tl.where(stays, 0.0, tile_sum))
                     tile_sum = tl.where(stays, tile_sum, 0.0)
-                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=C.PRECISION)
+                acc = add_values(acc, p, v_tile, C, C.PIECES == 2 and V_BY_BOX)
                 total = tl.fma(total, alpha, tile_sum)
                 running = new
             elif C.SKIP:
                 bound += bound_of(raw_max, factor, running, C.BLOCK_N)
+            if C.PAGE > 0:
+                following = tl.minimum(visit + 1, stop - 1)
+                pages = pages_at(kv, tile_of(following, order, given_tiles, C), stop_key, C)
     return acc, total, running, bound, lost, (visible_tiles, skipped_tiles, below, pending)

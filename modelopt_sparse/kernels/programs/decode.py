@@ -12,14 +12,17 @@ import triton.language as tl
 
 from modelopt_sparse.kernels.device.run_time import RUN_TIME
 from modelopt_sparse.kernels.device.scores import (
+    as_queries,
     columns_to_keys,
     grid_pointers,
+    load_box,
     load_k,
-    load_paged,
     load_rows,
+    load_stored,
     load_v,
-    only_seen,
+    pages_at,
     pages_of,
+    seen_keys,
     transform,
     visible,
 )
@@ -34,10 +37,11 @@ _FAR = tl.constexpr(2**30)
 
 
 @triton.jit
-def seen_scores(q, tile, kv, rows, grids, numbers, C: tl.constexpr):
+def seen_scores(q, tile, pages, kv, rows, grids, numbers, C: tl.constexpr, IS_EDGE: tl.constexpr):
     """Scores of a tile, and each row's largest.
 
     Args:
+        IS_EDGE: a row may not see a key; else all rows see all keys.
         q: ([BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_REST]), the second for C.REST > 0: a head dim that is two
             powers of two costs less as two products than as the next power.
 
@@ -51,18 +55,31 @@ def seen_scores(q, tile, kv, rows, grids, numbers, C: tl.constexpr):
     n_k, factor, scale_log2, softcap = numbers
     keys = tile * C.BLOCK_N + columns_to_keys(C)
     is_key = (keys >= first_key) & (keys < stop_key)
-    k_tile = load_k(kv, tile, is_key, C, True)
+    BY_BOX: tl.constexpr = C.BOXES and not IS_EDGE
+    shown = is_key if IS_EDGE else None
+    k_tile = as_queries(load_k(kv, tile, pages, shown, C, BY_BOX), C)
     scores = tl.dot(q[0], tl.trans(k_tile), input_precision=C.PRECISION)
     if C.REST > 0:
-        base = kv[0] + C.HEAD_DIM
-        rest = load_paged(base, kv[2], kv[6], tile, is_key, C, C.REST, C.BLOCK_REST)
+        rest = as_queries(load_rest(kv, tile, pages, shown, C, BY_BOX), C)
         scores = tl.dot(q[1], tl.trans(rest), scores, input_precision=C.PRECISION)
     scores = transform(scores, keys, n_k, is_row, bias, scale_log2, softcap, C)
-    seen = visible(keys, low, high, is_row, mask, bias, C)
-    scores = tl.where(seen, scores, float("-inf"))
+    if IS_EDGE:
+        seen = visible(keys, low, high, is_row, mask, bias, C)
+        scores = tl.where(seen, scores, float("-inf"))
     # The max of numbers and a NaN is a number: a tile must not be skipped that has one.
     largest = tl.max(tl.where(scores == scores, scores, float("inf")), 1) * factor
     return scores, largest, k_tile
+
+
+@triton.jit
+def load_rest(kv, tile, pages, shown, C: tl.constexpr, BY_BOX: tl.constexpr):
+    """The channels of keys behind the first HEAD_DIM, as `load_v` loads values: [BLOCK_N, BLOCK_REST]."""
+    k, v, k_stride, v_stride, k_box, v_box, k_pages, v_pages, rest_box = kv
+    if BY_BOX:
+        return load_box(rest_box, pages[0], tile, C)
+    return load_stored(
+        k + C.HEAD_DIM, k_stride, k_pages[1], pages[0], tile, shown, C, C.REST, C.BLOCK_REST
+    )
 
 
 @triton.jit
@@ -83,45 +100,43 @@ def seed_of_rows(q, top, bottom, kv, rows, grids, numbers, C: tl.constexpr):
     seed = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     for visit in tl.range(0, n_last + n_first, num_stages=C.STAGES):
         tile = tl.where(visit < n_last, greatest_last - visit, least_first + visit - n_last)
-        _scores, largest, _k_tile = seen_scores(q, tile, kv, rows, grids, numbers, C)
+        pages = pages_at(kv, tile, rows[4], C)
+        _scores, largest, _k_tile = seen_scores(q, tile, pages, kv, rows, grids, numbers, C, True)
         seed = tl.maximum(seed, tl.where((tile == last) | (tile == first), largest, float("-inf")))
     return seed
 
 
 @triton.jit
-def attend_decode(q, top, bottom, kv, rows, grids, numbers, skipping, words, C: tl.constexpr):
+def attend_decode(
+    state, top, bottom, q, kv, rows, grids, numbers, skipping, words,
+    C: tl.constexpr, IS_EDGE: tl.constexpr,
+):  # fmt: skip
     """Attends to the key tiles from `top` down to `bottom`, whose decisions begin anew in each segment.
 
     Args:
+        state: (acc [BLOCK_M, BLOCK_DV], total, running, bound, lost, local [BLOCK_M], tallies): as for
+            `attend`, and the largest score since the segment began.
         rows: (low, high, is_row [BLOCK_M], first_key, stop_key, has_gaps), as for `attend`.
         skipping: (seed, log2(lambda) [BLOCK_M], further thresholds [THRESHOLDS], tiles of a segment).
-        words: (pointers [HEADS], which exist): where the decisions of each head are stored.
+        words: (pointers [HEADS], which exist, first tile): where the decisions of each head are stored.
+        IS_EDGE: as for `seen_scores`.
     Returns:
-        acc [BLOCK_M, BLOCK_DV]; total, running, bound, lost [BLOCK_M]; tallies: see `attend`.
+        state.
     """
+    acc, total, running, bound, lost, local, tallies = state
+    visible_tiles, skipped_tiles, below, word = tallies
     low, high, is_row, first_key, stop_key, has_gaps = rows
     factor = numbers[1]
     seed, threshold, counted, segment_tiles = skipping
     group = tl.arange(0, C.BLOCK_M) * 0
-    none = tl.full([C.BLOCK_M], 0.0, tl.float32)
-    acc = tl.full([C.BLOCK_M, C.BLOCK_DV], 0.0, tl.float32)
-    total = none
-    bound = none
-    lost = none
-    # A row's largest score is never skipped, so a row that starts at its seed ends at that score.
-    running = seed
-    local = seed
-    visible_tiles = top * 0
-    skipped_tiles = top * 0
-    word = top * 0
-    below = word
-    if C.THRESHOLDS > 0:
-        below = tl.full([C.THRESHOLDS], 0, tl.int32)
-    for visit in tl.range(0, top - bottom + 1, num_stages=C.STAGES):
+    # At edges there is little to load ahead, unless all tiles are.
+    STAGES: tl.constexpr = 1 if IS_EDGE and not C.ONLY_EDGES else C.STAGES
+    pages = pages_at(kv, top, stop_key, C)
+    for visit in tl.range(0, top - bottom + 1, num_stages=STAGES):
         tile = top - visit
         keys = tile * C.BLOCK_N + columns_to_keys(C)
         is_key = (keys >= first_key) & (keys < stop_key)
-        scores, tile_max, k_tile = seen_scores(q, tile, kv, rows, grids, numbers, C)
+        scores, tile_max, k_tile = seen_scores(q, tile, pages, kv, rows, grids, numbers, C, IS_EDGE)
         any_kept = True
         if C.SKIP:
             local = tl.where((tile + 1) % segment_tiles == 0, seed, local)
@@ -137,20 +152,28 @@ def attend_decode(q, top, bottom, kv, rows, grids, numbers, skipping, words, C: 
                 )
             if C.STORE_TILES:
                 word = word | (kept << (tile & 31))
-                if ((tile & 31) == 0) | (tile == bottom):
+                if ((tile & 31) == 0) | (tile == words[2]):
                     tl.store(words[0] + (tile >> 5), word, mask=words[1])
                     word = 0
             local = tl.maximum(local, tile_max)
+        elif C.LATE_VALUES:
+            # Always so, but the compiler doesn't know: loads in a branch are not made ahead.
+            any_kept = stop_key > first_key
 
         if any_kept:
-            if C.V_IN_K:
-                v_tile = only_seen(k_tile, keys, low, high, is_row, has_gaps, grids, C)
+            is_seen = None
+            if IS_EDGE:
+                is_seen = seen_keys(keys, is_key, low, high, is_row, has_gaps, grids, C)
+            if not C.V_IN_K:
+                values = as_queries(load_v(kv, tile, pages, is_seen, C, C.BOXES and not IS_EDGE), C)
+            elif IS_EDGE and (C.HAS_GRIDS or C.HAS_BOUNDS):
+                values = tl.where(is_seen[:, None], k_tile, 0.0).to(k_tile.dtype)
             else:
-                v_tile = load_v(kv, tile, keys, is_key, low, high, is_row, has_gaps, grids, C, True)
+                values = k_tile
             running, pivot, alpha = rescale(running, tile_max)
             p = tl.exp2(scores * factor - pivot[:, None])
             acc *= alpha[:, None]
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=C.PRECISION)
+            acc = tl.dot(p.to(values.dtype), values, acc, input_precision=C.PRECISION)
             total = total * alpha + tl.sum(p, 1)
             if C.SKIP:
                 bound *= alpha
@@ -161,16 +184,39 @@ def attend_decode(q, top, bottom, kv, rows, grids, numbers, skipping, words, C: 
             bound += C.BLOCK_N * tl.exp2(tile_max - pivot)
             if C.WEIGH_SKIPPED:
                 lost += tl.sum(tl.exp2(scores * factor - pivot[:, None]), 1)
-    return acc, total, running, bound, lost, (visible_tiles, skipped_tiles, below)
+        if C.PAGE > 0:
+            pages = pages_at(kv, tl.maximum(tile - 1, bottom), stop_key, C)
+    return acc, total, running, bound, lost, local, (visible_tiles, skipped_tiles, below, word)
+
+
+@triton.jit
+def store_split(split, acc, total, running, bound, lost, parts, C: tl.constexpr):
+    """Stores what rows come to in a split, for `merge_kernel`.
+
+    Args:
+        parts: (split_sums, split_out, n_entries, entry [BLOCK_M] of each row, is_row [BLOCK_M]).
+    """
+    split_sums, split_out, n_entries, entry, is_row = parts
+    part = split.to(tl.int64) * n_entries + entry
+    sums = split_sums + part * 4
+    tl.store(sums, running, mask=is_row)
+    tl.store(sums + 1, total, mask=is_row)
+    if C.SKIP:
+        tl.store(sums + 2, bound, mask=is_row)
+        tl.store(sums + 3, lost, mask=is_row)
+    channel = tl.arange(0, C.BLOCK_DV)
+    pointers = split_out + part[:, None] * C.HEAD_DIM_V + channel[None, :]
+    tl.store(pointers, acc, mask=is_row[:, None] & (channel < C.HEAD_DIM_V)[None, :])
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def decode_kernel(
     q, k, v, out, lse, seeds, split_sums, split_out,
+    k_boxes, v_boxes, rest_boxes, box_rows, box_page_rows, box_columns, v_box_columns, rest_box_columns,
     q_strides, k_strides, v_strides, out_strides,
     k_table, v_table, k_table_stride, v_table_stride, k_page_stride, v_page_stride,
-    q_start, q_len, k_start, k_len, n_heads, group, n_members, n_blocks, max_q, n_splits, split_tiles,
-    n_entries,
+    q_start, q_len, k_start, k_len, n_heads, group, n_members, n_blocks, max_q, n_splits, short_tiles,
+    long_tiles, long_keys, n_entries,
     bounds, window,
     mask, mask_row_start, mask_key_start, mask_item, mask_head, mask_row, mask_key,
     bias, bias_row_start, bias_key_start, bias_item, bias_head, bias_row, bias_key,
@@ -190,8 +236,11 @@ def decode_kernel(
         n_members: query heads of a program: all of a group, or one that votes alone.
         n_blocks: programs that share the rows of these heads; 1 where tiles are skipped.
         max_q: rows of a sequence at most.
-        split_tiles: key tiles of a split. Segments and words of decisions end where splits do.
+        short_tiles, long_tiles: key tiles of a split, the second for sequences of `long_keys` keys or more.
+            Segments and words of decisions end where splits do.
         n_entries: see `merge_kernel`.
+        k_boxes, v_boxes, rest_boxes: for C.BOXES, as for `prefill_kernel`; of the first channels of keys,
+            of values, and of the rest.
     """
     pid = tl.program_id(0)
     block = pid % n_blocks
@@ -208,6 +257,7 @@ def decode_kernel(
     elif n_q != 1:
         return
     n_k = tl.load(k_len + sequence)
+    split_tiles = tl.where(n_k < long_keys, short_tiles, long_tiles)
     first_tile = split * split_tiles
     if split > 0:
         if first_tile * C.BLOCK_N >= n_k:
@@ -223,7 +273,7 @@ def decode_kernel(
     row = tl.load(q_start + sequence) + index
     low, high = row_limits(position, row, is_row, n_k, bounds, window, C.CAUSAL, C.HAS_BOUNDS)
     limits = block_limits(low, high, is_row, first, first + n_q - 1, n_k, window, C)
-    top, bottom, _full_top, _full_bottom = tile_limits(limits, first, 0, 0, C)
+    top, bottom, full_top, full_bottom = tile_limits(limits, first, 0, 0, C)
     first_key, stop_key, full_low, full_high = limits
 
     kv_head = (first_head // group).to(tl.int64)
@@ -257,21 +307,26 @@ def decode_kernel(
 
     scale_log2 = scale * LOG2_E
     factor = scale_log2 if C.IS_RAW else 1.0
-    kv = (k, v, k_token, v_token, None, None, k_pages, v_pages)
+    box_row = key.to(tl.int32) + kv_head.to(tl.int32) * box_rows
+    column = kv_head.to(tl.int32)
+    k_box = (k_boxes, box_row, box_page_rows, column * box_columns)
+    rest_box = (rest_boxes, box_row, box_page_rows, column * rest_box_columns)
+    v_box = (v_boxes, box_row, box_page_rows, column * v_box_columns)
+    kv = (k, v, k_token, v_token, k_box, v_box, k_pages, v_pages, rest_box)
     rows = (low, high, is_row, first_key, stop_key, full_low > full_high)
     numbers = (n_k, factor, scale_log2, softcap)
-    entry_of_split = (sequence.to(tl.int64) * max_q + index) * n_heads + head
+    entry = (sequence.to(tl.int64) * max_q + index) * n_heads + head
     if C.ONLY_SEEDS:
         seed = seed_of_rows(q_tile, top, bottom, kv, rows, grids, numbers, C)
-        tl.store(seeds + entry_of_split, seed, mask=is_row)
+        tl.store(seeds + entry, seed, mask=is_row)
     else:
         seed = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
         threshold = seed
         members = first_head + tl.arange(0, C.HEADS)
         is_member = tl.arange(0, C.HEADS) < n_members
-        head_words = (q_len, is_member)
+        tile_words = q_len
         if C.SKIP:
-            seed = tl.load(seeds + entry_of_split, mask=is_row, other=float("-inf"))
+            seed = tl.load(seeds + entry, mask=is_row, other=float("-inf"))
             if log2_thresholds is not None:
                 by_sequence, by_head = threshold_strides
                 of_row = sequence * by_sequence + head * by_head
@@ -279,40 +334,55 @@ def decode_kernel(
             else:
                 threshold = tl.full([C.BLOCK_M], 0.0, tl.float32) + log2_threshold
             if C.STORE_TILES:
-                of_head = words + (sequence.to(tl.int64) * n_heads + members) * n_words
-                head_words = (of_head, is_member)
+                tile_words = words + (sequence.to(tl.int64) * n_heads + members) * n_words
         skipping = (seed, threshold, count_thresholds, segment_tiles)
+        last_tile = first_tile + split_tiles - 1
         bottom = tl.maximum(bottom, first_tile)
-        top = tl.minimum(top, first_tile + split_tiles - 1)
-        acc, total, running, bound, lost, tallies = attend_decode(
-            q_tile, top, bottom, kv, rows, grids, numbers, skipping, head_words, C
-        )
+        top = tl.minimum(top, last_tile)
+        full_bottom = tl.maximum(full_bottom, first_tile)
+        full_top = tl.minimum(full_top, last_tile)
+        # Where no tile is fully visible, all are the first loop's.
+        full_top = tl.where(full_top < full_bottom, bottom - 1, full_top)
+        full_bottom = tl.minimum(full_bottom, full_top + 1)
+        below = 0
+        if C.THRESHOLDS > 0:
+            below = tl.full([C.THRESHOLDS], 0, tl.int32)
+        none = tl.full([C.BLOCK_M], 0.0, tl.float32)
+        tally = top * 0
+        state = (
+            tl.full([C.BLOCK_M, C.BLOCK_DV], 0.0, tl.float32), none,
+            # A row's largest score is never skipped, so a row that starts at its seed ends at that score.
+            seed, none, none, seed, (tally, tally, below, tally),
+        )  # fmt: skip
+        head_words = (tile_words, is_member, bottom)
+        state = attend_decode(
+            state, top, full_top + 1, q_tile, kv, rows, grids, numbers, skipping, head_words,
+            C, True,
+        )  # fmt: skip
+        if not C.ONLY_EDGES:
+            state = attend_decode(
+                state, full_top, full_bottom, q_tile, kv, rows, grids, numbers, skipping, head_words,
+                C, False,
+            )  # fmt: skip
+            if C.HAS_LOWER_EDGE:
+                state = attend_decode(
+                    state, full_bottom - 1, bottom, q_tile, kv, rows, grids, numbers, skipping, head_words,
+                    C, True,
+                )  # fmt: skip
+        acc, total, running, bound, lost, _local, tallies = state
         if C.IS_SPLIT:
-            part = split.to(tl.int64) * n_entries + entry_of_split
-            sums = split_sums + part * 4
-            tl.store(sums, running, mask=is_row)
-            tl.store(sums + 1, total, mask=is_row)
-            if C.SKIP:
-                tl.store(sums + 2, bound, mask=is_row)
-                tl.store(sums + 3, lost, mask=is_row)
-            channel = tl.arange(0, C.BLOCK_DV)
-            pointers = split_out + part[:, None] * C.HEAD_DIM_V + channel[None, :]
-            # Nobody reads what is 0.
-            tl.store(
-                pointers,
-                acc,
-                mask=(is_row & (total != 0.0))[:, None] & (channel < C.HEAD_DIM_V)[None, :],
-            )
+            parts = (split_sums, split_out, n_entries, entry, is_row)
+            store_split(split, acc, total, running, bound, lost, parts, C)
         else:
             sink = 0.0
             if C.HAS_SINKS:
                 sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
             store_finished(
-                acc, total, running, bound, lost, sink, v_scale, row, head, is_row, n_heads,
-                out, out_strides, lse, dropped_bound, dropped, C,
+                acc, total, running, bound, lost, sink, v_scale, row, head, is_row,
+                tl.arange(0, C.BLOCK_DV), n_heads, out, out_strides, lse, dropped_bound, dropped, C,
             )  # fmt: skip
         if C.SKIP:
-            visible_tiles, skipped_tiles, below = tallies
+            visible_tiles, skipped_tiles, below, _word = tallies
             # Heads that vote together have the same tiles.
             zeros = tl.full([C.HEADS], 0, tl.int64)
             if counts is not None:

@@ -29,7 +29,7 @@ from .attend import attend
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def prefill_kernel(
-    q, k, v, out, lse, k_boxes, v_boxes, box_rows, box_columns, v_box_columns,
+    q, k, v, out, lse, k_boxes, v_boxes, box_rows, box_page_rows, box_columns, v_box_columns,
     q_strides, k_strides, v_strides, out_strides,
     k_table, v_table, k_table_stride, v_table_stride, k_page_stride, v_page_stride,
     q_start, q_len, k_start, k_len, n_sequences, n_super_blocks, n_heads, group,
@@ -152,9 +152,10 @@ def prefill_kernel(
     first_seen, stop_seen, full_low, full_high = limits
     rows = (position, low, high, is_row, group_of_row, first_seen, stop_seen, full_low > full_high)
     visits = (order, last, first_tile)
-    k_box = (k_boxes, first_key.to(tl.int32) + kv_head * box_rows, kv_head * box_columns)
-    v_box = (v_boxes, first_key.to(tl.int32) + kv_head * box_rows, kv_head * v_box_columns)
-    kv = (k, v, k_token, v_token, k_box, v_box, k_pages, v_pages)
+    box_row = first_key.to(tl.int32) + kv_head * box_rows
+    k_box = (k_boxes, box_row, box_page_rows, kv_head * box_columns)
+    v_box = (v_boxes, box_row, box_page_rows, kv_head * v_box_columns)
+    kv = (k, v, k_token, v_token, k_box, v_box, k_pages, v_pages, None)
     numbers = (n_k, factor, scale_log2, softcap, (num_sink_tokens, dense_window_size))
     skipping = (log2_threshold, count_thresholds)
     none = tl.full([C.BLOCK_M], 0.0, tl.float32)
