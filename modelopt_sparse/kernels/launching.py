@@ -71,7 +71,8 @@ def clear_unowned(
         clear_kernel[(triton.cdiv(tokens, 128),)](
             x, arguments.strides(x), lse, y, None if y is None else arguments.strides(y),
             start, length, len(start), tokens, heads,
-            counts[0], _size(counts[0]), counts[1], _size(counts[1]), *shares, dim, block_dim(dim), dim_y, block_dim(dim_y),
+            counts[0], _size(counts[0]), counts[1], _size(counts[1]), *shares,
+            dim, block_dim(dim), dim_y, block_dim(dim_y),
         )  # fmt: skip
 
 

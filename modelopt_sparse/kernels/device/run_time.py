@@ -6,7 +6,8 @@ from __future__ import annotations
 # That from key to key is always 1, and is not here: unless it is known, Triton 3.6 fails to compile some.
 RUN_TIME = [
     "n_sequences", "n_super_blocks", "n_heads", "group", "n_rows", "n_tokens", "n_members", "n_blocks",
-    "max_q", "n_splits", "short_tiles", "long_tiles", "short_keys", "long_keys", "long", "n_entries", "window",
+    "max_q", "n_splits", "short_tiles", "long_tiles", "short_keys", "long_keys", "long", "n_entries",
+    "window",
     "num_sink_tokens", "dense_window_size", "segment_tiles", "log2_threshold", "v_scale",
     "k_table", "v_table", "k_table_stride", "v_table_stride",
     "n_words", "list_stride", "slots", "n_slots", "shares_of", "least",

@@ -134,7 +134,7 @@ def load_stored(
 
 @triton.jit
 def load_box(box, page, tile, C: tl.constexpr):
-    """The keys (or values) of a tile, as they are stored: [BLOCK_N, channels of the box], or C.PIECES of these.
+    """The keys (or values) of a tile, as they are stored: [BLOCK_N, channels of the box], or two halves.
 
     Args:
         box: (descriptor, row of the head's first key (or of slot 0 of its page 0), rows from page to page,
