@@ -36,7 +36,7 @@ def boxes(
     none = [None] * len(tensors), (0, 0), [0] * len(tensors)
     if not is_wanted or not _has_copy_engine(tensors[0].device):
         return none
-    layouts = [layout for x in tensors if (layout := _layout(x)) is not None]
+    layouts = [layout for x in tensors if (layout := layout_of(x)) is not None]
     rows = {layout[:2] for layout in layouts}
     if len(layouts) < len(tensors) or len(rows) > 1:
         return none
@@ -44,7 +44,7 @@ def boxes(
     return found, rows.pop(), [layout[2] for layout in layouts]
 
 
-def _layout(x: Tensor) -> tuple[int, int, int] | None:
+def layout_of(x: Tensor) -> tuple[int, int, int] | None:
     """Rows from head to head, rows from page to page, and channels from head to head; None: no box does."""
     by_token, by_head, _ = x.stride()[-3:]
     by_page = x.stride(0) if x.dim() == 4 else 0
@@ -57,10 +57,10 @@ def _layout(x: Tensor) -> tuple[int, int, int] | None:
     rows, columns = (by_head // by_token, 0) if by_head % by_token == 0 else (0, by_head)
     layout = rows, by_page // by_token, columns
     # Coordinates are 32 bits wide.
-    return layout if max(_shape(x, layout)) < 2**31 else None
+    return layout if max(shape_of(x, layout)) < 2**31 else None
 
 
-def _shape(x: Tensor, layout: tuple[int, int, int]) -> list[int]:
+def shape_of(x: Tensor, layout: tuple[int, int, int]) -> list[int]:
     """Rows and channels of the box that holds all of `x`."""
     rows, page_rows, columns = layout
     tokens, heads, dim = x.shape[-3:]
@@ -71,4 +71,4 @@ def _shape(x: Tensor, layout: tuple[int, int, int]) -> list[int]:
 def _box(x: Tensor, layout: tuple[int, int, int], block: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(x, _shape(x, layout), [x.stride(-3), 1], [block, x.shape[-1]])
+    return TensorDescriptor(x, shape_of(x, layout), [x.stride(-3), 1], [block, x.shape[-1]])

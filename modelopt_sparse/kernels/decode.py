@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,23 +14,17 @@ from . import arguments
 from .boxes import boxes
 from .check import Call
 from .device.variant import Variant
+from .latent import has_values_in_keys, latent_applies, launch_latent
 from .launch import Launch, decode_launch, shared_memory, split_dim, thriftier
 from .launching import launch_first_that_fits
 from .programs.decode import decode_kernel
-from .programs.merge import merge_kernel
 from .results import Results, scratch
-from .types import Phase, SkipSoftmaxDecode
+from .splits import Splits, merge
+from .types import Phase
 
 # Rows of a sequence that decode together in one program, and rows of all its heads, at most.
 MOST_ROWS_OF_A_SEQUENCE = 16
 MOST_ROWS = 256
-SHORT_SPLIT_KEYS, LONG_SPLIT_KEYS, LONG = 512, 2048, 8192
-"""Keys of a split where nothing is skipped, in sequences of fewer keys than LONG, and in others.
-
-Few fill a GPU; many cost less beside what begins and ends a program.
-"""
-# Channels of a merge program.
-_CHANNELS = 32
 
 
 @dataclass(frozen=True)
@@ -54,22 +47,6 @@ class DecodeVariant(Variant):
     REST: int = 0
     BLOCK_REST: int = 0
     V_IN_K: bool = False
-
-
-@dataclass(frozen=True)
-class MergeVariant:
-    """Compile-time constants of the merge kernel, as in `DecodeVariant`.
-
-    Args:
-        CHANNELS: of a program, a power of two.
-    """
-
-    HEAD_DIM_V: int
-    CHANNELS: int
-    HAS_SINKS: bool
-    SKIP: bool
-    EXACT: bool
-    ALL_DECODE: bool
 
 
 def launch_decode(call: Call, results: Results) -> None:
@@ -99,6 +76,9 @@ def _launch(call: Call, results: Results) -> None:
         remedy = "Use fewer vote_heads, phase=Phase.PREFILL, or attention_reference."
         got, takes = f"{members * max_q} rows that vote together", f"at most {MOST_ROWS}"
         raise UnsupportedCall(describe("plan.skip_decode", got, takes, remedy))
+    if latent_applies(call, members * max_q):
+        launch_latent(call, results, max_q)
+        return
     block_keys = None if skip is None else skip.block_keys
     best = decode_launch(
         (q.shape[-1], v.shape[-1]),
@@ -106,7 +86,7 @@ def _launch(call: Call, results: Results) -> None:
         members * max_q,
         block_keys,
         shared_memory(q.device),
-        _has_values_in_keys(call),
+        has_values_in_keys(call),
     )
     least = (16, 16) if block_keys is None else (best.block_m, block_keys)
     launches = thriftier(best, *least)
@@ -118,16 +98,10 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
     heads, batch = q.shape[1], seqs.q_len.shape[0]
     exact = skip is not None and skip.exact_normalizer
     words = None if skip is None else results.decode_words
-    short, long = split_keys(skip)
-    splits = max(1, triton.cdiv(min(seqs.max_k, LONG - 1), short), triton.cdiv(seqs.max_k, long))
-    entries = batch * max_q * heads
-    seeds = sums = out_of_splits = None
+    splits = Splits.of(call, max_q)
+    seeds = None
     if skip is not None:
         seeds = torch.empty((batch, max_q, heads), dtype=torch.float32, device=q.device)
-    if splits > 1:
-        sums = torch.empty((splits, entries, 4), dtype=torch.float32, device=q.device)
-        shape = (splits, entries, v.shape[-1])
-        out_of_splits = torch.empty(shape, dtype=torch.float32, device=q.device)
     main, rest = split_dim(k.shape[-1])
     parts = (k[..., :main], v, k[..., main:]) if rest else (k, v)
     found, box_rows, box_columns = boxes(
@@ -147,21 +121,21 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         THRESHOLDS=arguments.padded(len(skip.count_thresholds)) if skip else 0,
         HEADS=triton.next_power_of_2(members),
         ALL_DECODE=call.phase is Phase.DECODE,
-        IS_SPLIT=splits > 1,
-        V_IN_K=_has_values_in_keys(call),
+        IS_SPLIT=splits.count > 1,
+        V_IN_K=has_values_in_keys(call),
         **arguments.features(call) | _channels(q.shape[-1]),
     )
     blocks = triton.cdiv(members * max_q, C.BLOCK_M)
     units = batch * (heads // members) * blocks
 
-    def run(C: DecodeVariant, splits: int) -> None:
-        decode_kernel[(units * splits,)](
-            q, k, v, results.out, results.lse, seeds, sums, out_of_splits,
+    def run(C: DecodeVariant, count: int) -> None:
+        decode_kernel[(units * count,)](
+            q, k, v, results.out, results.lse, seeds, splits.sums, splits.out,
             *found, *((None,) if not rest else ()), *box_rows, *box_columns, *((0,) if not rest else ()),
             *(arguments.strides(x) for x in (q, k, v, results.out)),
             *arguments.pages(call),
-            *arguments.sequences(seqs)[:4], heads, heads // k.shape[-2], members, blocks, max_q, splits,
-            short // C.BLOCK_N, long // C.BLOCK_N, LONG, entries,
+            *arguments.sequences(seqs)[:4], heads, heads // k.shape[-2], members, blocks, max_q, count,
+            *splits.tiles(C.BLOCK_N), splits.entries,
             call.bounds, arguments.window(call.window),
             *arguments.grid(call.mask, seqs), *arguments.grid(call.bias, seqs),
             call.sinks, call.scale, call.softcap or 0.0, call.v_scale,
@@ -173,14 +147,9 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
 
     if skip is not None:
         run(replace(C, ONLY_SEEDS=True, STORE_TILES=False, THRESHOLDS=0, IS_SPLIT=False), 1)
-    run(C, splits)
-    if splits > 1:
-        merged = MergeVariant(C.HEAD_DIM_V, _CHANNELS, C.HAS_SINKS, C.SKIP, C.EXACT, C.ALL_DECODE)
-        merge_kernel[(entries, triton.cdiv(C.HEAD_DIM_V, _CHANNELS))](
-            sums, out_of_splits, results.out, results.lse, arguments.strides(results.out),
-            seqs.q_start, seqs.q_len, seqs.k_len, entries, heads, max_q, short, long, LONG, call.sinks,
-            call.v_scale, results.bound, results.dropped, merged, num_warps=1,
-        )  # fmt: skip
+    run(C, splits.count)
+    if splits.count > 1:
+        merge(call, results, splits, max_q)
 
 
 def _channels(dim: int) -> dict[str, int]:
@@ -188,25 +157,3 @@ def _channels(dim: int) -> dict[str, int]:
     if not rest:
         return {"HEAD_DIM": dim, "BLOCK_D": main}
     return {"HEAD_DIM": main, "BLOCK_D": main, "REST": dim - main, "BLOCK_REST": rest}
-
-
-def _has_values_in_keys(call: Call) -> bool:
-    """Whether values are the first channels of the keys, as in a cache of latents."""
-    k, v = call.k, call.v
-    if k.data_ptr() != v.data_ptr() or k.stride() != v.stride() or k.shape[:-1] != v.shape[:-1]:
-        return False
-    if call.block_tables is not None and call.block_tables[0] is not call.block_tables[1]:
-        return False
-    return bool(v.shape[-1] == split_dim(k.shape[-1])[0])
-
-
-def split_keys(skip: SkipSoftmaxDecode | None) -> tuple[int, int]:
-    """Keys of a split in short and in long sequences.
-
-    A program computes one, so that bits depend on nothing but the sequence itself. Where tiles are skipped,
-    it has whole segments, for each begins anew, and whole words of decisions.
-    """
-    if skip is None:
-        return SHORT_SPLIT_KEYS, LONG_SPLIT_KEYS
-    keys = skip.block_keys * math.lcm(skip.segment_keys // skip.block_keys, 32)
-    return keys, keys

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modelopt_sparse.kernels import Phase, Plan, Seqs, SkipSoftmaxDecode, attention_triton, decode
-from modelopt_sparse.kernels.decode import LONG_SPLIT_KEYS, SHORT_SPLIT_KEYS, split_keys
+from modelopt_sparse.kernels import Phase, Plan, Seqs, SkipSoftmaxDecode, attention_triton, splits
+from modelopt_sparse.kernels.splits import LONG_SPLIT_KEYS, SHORT_SPLIT_KEYS, split_keys
 from tests.inputs import check, features, needs_interpreter, topical
 
 pytestmark = needs_interpreter
@@ -32,8 +32,8 @@ def test_splits_are_whole_segments_and_whole_words_of_decisions():
 
 
 def test_long_sequences_have_longer_splits(monkeypatch):
-    monkeypatch.setattr(decode, "LONG", 600)
-    monkeypatch.setattr(decode, "LONG_SPLIT_KEYS", 640)
+    monkeypatch.setattr(splits, "LONG", 600)
+    monkeypatch.setattr(splits, "LONG_SPLIT_KEYS", 640)
     lengths = [599, 600, 1300, 40]
     inputs = topical([1] * len(lengths), lengths, kv_heads=2, dtype=torch.float32)
     check(inputs, Plan(), attention_triton)

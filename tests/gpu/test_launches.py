@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from modelopt_sparse.errors import UnsupportedCall
-from modelopt_sparse.kernels import backward, decode, prefill
+from modelopt_sparse.kernels import attention_varlen, backward, decode, prefill
 from modelopt_sparse.kernels.launch import (
     Launch,
     backward_launch,
     decode_launch,
+    may_be_late,
     prefill_launch,
     thriftier,
 )
 from tests.gpu.build import build
 from tests.gpu.calls import DEVICE, KINDS, assert_same_bits, needs_cuda, results, run, trained
 from tests.gpu.cases import Case
+from tests.gpu.checks import check
 
 pytestmark = needs_cuda
 # Shared memory of a program: the least, and that of sm_86, sm_80 and sm_90.
@@ -45,7 +47,8 @@ def launches_of(case: Case) -> list[Launch]:
         best = prefill_launch(
             case.dims, ITEMSIZE[case.dtype], case.nm is not None, decision, decides, 0, capacity
         )
-        found |= dict.fromkeys(thriftier(best, *(decision or (16, 16)), may_be_late=True))
+        late = may_be_late(case.dims[1])
+        found |= dict.fromkeys(thriftier(best, *(decision or (16, 16)), may_be_late=late))
     return list(found)
 
 
@@ -102,6 +105,23 @@ def test_decode_decides_the_same_however_it_is_launched(name, launch, monkeypatc
         fixed(monkeypatch, decode, launch)
         found = results(run(setup, details=True))
     assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("blocks", [(128, 64), (64, 128), (64, 64)], ids=str)
+@pytest.mark.parametrize("dims", [(16, 16), (32, 32), (64, 32), (128, 32), (32, 64)], ids=str)
+def test_narrow_heads_are_as_near_to_the_reference_as_plain_attention(dims, blocks):
+    check(
+        build(Case(0, 3, "ragged", "bf16", dims, (4, 2), skip="on", blocks=blocks), DEVICE),
+        attention_varlen,
+    )
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (32, 32), (64, 32)], ids=str)
+@pytest.mark.parametrize("skip", ["none", "on"])
+def test_many_narrow_rows_that_decode_together(skip, dims):
+    """64 rows in a program, and more."""
+    case = Case(0, 3, "draft", "bf16", dims, (8, 1), skip_decode=skip)
+    check(build(case, DEVICE), attention_varlen)
 
 
 def backward_launches_of(case: Case) -> list[Launch]:
