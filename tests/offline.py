@@ -34,6 +34,9 @@ from modelopt_sparse.kernels import (
     ops,
     prefill,
 )
+from modelopt_sparse.kernels import (
+    latent as latents,
+)
 from modelopt_sparse.kernels.check import FP8, Call, checked
 
 
@@ -243,6 +246,7 @@ def compile_only(gpu: GPU) -> None:
         module.shared_memory = lambda device: gpu.capacity
     backward.processors = lambda device: gpu.processors
     boxes._has_copy_engine = lambda device: gpu.has_copy_engine
+    latents._is_hopper = lambda device: gpu.arch == 90
 
 
 def chain(error: BaseException | None) -> Iterator[str]:

@@ -15,7 +15,15 @@ from .boxes import boxes
 from .check import Call
 from .device.variant import Variant
 from .latent import has_values_in_keys, latent_applies, launch_latent
-from .launch import Launch, decode_launch, shared_memory, split_dim, thriftier
+from .launch import (
+    LEAST_LATE,
+    Launch,
+    decode_launch,
+    may_be_late,
+    shared_memory,
+    split_dim,
+    thriftier,
+)
 from .launching import launch_first_that_fits
 from .programs.decode import decode_kernel
 from .results import Results, scratch
@@ -104,9 +112,10 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         seeds = torch.empty((batch, max_q, heads), dtype=torch.float32, device=q.device)
     main, rest = split_dim(k.shape[-1])
     parts = (k[..., :main], v, k[..., main:]) if rest else (k, v)
-    found, box_rows, box_columns = boxes(
-        parts, launch.block_n, is_wanted=arguments.in_one_page(call, launch.block_n)
-    )
+    # Values are loaded late, and so must not be narrow where a program has rows enough for a warpgroup.
+    is_narrow = launch.block_m >= 64 and not may_be_late(v.shape[-1])
+    is_wanted = arguments.in_one_page(call, launch.block_n) and not is_narrow
+    found, box_rows, box_columns = boxes(parts, launch.block_n, is_wanted)
     C = DecodeVariant(
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
@@ -123,7 +132,9 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         ALL_DECODE=call.phase is Phase.DECODE,
         IS_SPLIT=splits.count > 1,
         V_IN_K=has_values_in_keys(call),
-        **arguments.features(call) | _channels(q.shape[-1]),
+        **arguments.features(call)
+        | _channels(q.shape[-1])
+        | ({"BLOCK_DV": LEAST_LATE} if is_narrow else {}),
     )
     blocks = triton.cdiv(members * max_q, C.BLOCK_M)
     units = batch * (heads // members) * blocks

@@ -65,13 +65,17 @@ def split_dim(dim: int) -> tuple[int, int]:
     return (whole // 2, rest) if whole > 16 and whole // 2 + rest < whole else (whole, 0)
 
 
-def may_be_late(dim_v: int) -> bool:
-    """Whether the prefill kernel may load values of so many channels late.
+LEAST_LATE = 64
+"""Channels of a tile of values, at least, that is loaded late and multiplied by a warpgroup.
 
-    The ptxas that comes with Triton 3.6 takes another register for the address of the second 16 keys of such
-    tiles where they are 32 channels wide.
-    """
-    return block_dim(dim_v) >= 64
+In tiles of 32 the ptxas that comes with Triton 3.6 takes a wrong register for the addresses of all but the
+first 16 keys.
+"""
+
+
+def may_be_late(dim_v: int) -> bool:
+    """Whether values of so many channels may be loaded late."""
+    return block_dim(dim_v) >= LEAST_LATE
 
 
 @lru_cache
@@ -145,7 +149,7 @@ def prefill_launch(
         block_m, block_n = _rows_of_tiles(block_m, decision[0]), decision[1]
     bytes_q, bytes_k, bytes_v = tile_bytes(block_m, block_n)
     stages = max(1, min(3, (capacity - bytes_q) // (bytes_k + bytes_v)))
-    late_values = bytes_q + bytes_k + bytes_v > capacity
+    late_values = bytes_q + bytes_k + bytes_v > capacity and (itemsize > 2 or may_be_late(dims[1]))
     warps = 8 if block_m >= 128 and block_m * widest >= 128 * 128 else 4
     if itemsize > 2:
         warps = _exact_warps(block_m, block_n, widest)
@@ -185,9 +189,6 @@ def decode_launch(
     if not is_deciding:
         block_m = min(block_m, 64)
         block_n = 64 if itemsize == 2 else 32
-    elif itemsize == 2 and block_m == 16 and max(dims) <= 128:
-        # Values are waited for, so that many small programs shall share a multiprocessor.
-        return Launch(block_m, block_n, 2, 2)
     bytes_q = block_m * sum(split_dim(dims[0])) * itemsize
     bytes_k = block_n * sum(split_dim(dims[0])) * itemsize
     bytes_v = 0 if v_in_k else block_n * block_dim(dims[1]) * itemsize
@@ -200,6 +201,9 @@ def decode_launch(
     warps = 8 if block_m >= 64 else 4
     if itemsize > 2:
         warps = _exact_warps(block_m, block_n, max(map(block_dim, dims)))
+    elif is_deciding and block_m == 16 and max(dims) <= 128:
+        # Values are waited for: many small programs share a multiprocessor.
+        warps, stages = 2, min(stages, 2)
     return Launch(block_m, block_n, warps, stages)
 
 

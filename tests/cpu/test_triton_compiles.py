@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the kernels
 
 # A few that differ in most: seconds for each.
 FEW = [
-    ("sm_90", ["dense", "skip", "4:8+given", "splits skip"]),
+    ("sm_90", ["dense", "skip", "4:8+given", "splits skip", "latent of 128 heads"]),
     ("sm_80", ["grids+exact"]),
     ("gfx942", ["skip"]),
 ]
@@ -55,6 +55,12 @@ def assert_compile(target: str, names: list[str], cache: Path) -> None:
 @pytest.mark.parametrize(("target", "names"), FEW, ids=[target for target, _ in FEW])
 def test_kernels_compile_for_a_gpu_that_is_not_here(target, names, tmp_path):
     assert_compile(target, names, tmp_path)
+
+
+def test_latents_have_a_kernel_of_their_own_on_hopper(tmp_path):
+    names = ["latent of 128 heads"]
+    assert "latent_kernel" in compiled("sm_90", names, tmp_path)
+    assert "latent_kernel" not in compiled("sm_80", names, tmp_path)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from modelopt_sparse.kernels.launch import (
     Launch,
     backward_launch,
     block_dim,
+    may_be_late,
     prefill_launch,
     split_dim,
     thriftier,
@@ -37,6 +38,14 @@ def resident(launch: Launch, dims, itemsize, moving: int, kept: int) -> int:
     """Bytes of a kept tile and of those in flight."""
     per_row = (block_dim(dims[0]) + block_dim(dims[1])) * itemsize
     return kept + launch.stages * moving * per_row
+
+
+def test_narrow_values_are_not_loaded_late():
+    for (dims, size, nm, decision, capacity), decides in product(CALLS, (False, True)):
+        if decision is not None and dims[1] <= 32 and size == 2:
+            best = prefill_launch(dims, size, nm, decision, decides, 0, capacity)
+            launches = thriftier(best, *decision, may_be_late=may_be_late(dims[1]))
+            assert not any(launch.late_values for launch in launches)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -91,7 +100,7 @@ def test_decode_launches_are_legal():
         launch = decode_launch(dims, size, rows, keys, capacity)
         for block in (launch.block_m, launch.block_n):
             assert block >= 16 and block & (block - 1) == 0
-        assert launch.warps in (4, 8, 16) and 1 <= launch.stages <= 3
+        assert launch.warps in (2, 4, 8, 16) and 1 <= launch.stages <= 3
         if keys is None:
             assert launch.block_m <= 64 and launch.block_n <= 128
         else:

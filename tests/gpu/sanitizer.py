@@ -20,7 +20,13 @@ from functools import partial
 
 import torch
 
-from modelopt_sparse.kernels import PagedKV, attention_paged, attention_varlen
+from modelopt_sparse.kernels import (
+    PagedKV,
+    Phase,
+    attention_paged,
+    attention_reference,
+    attention_varlen,
+)
 from modelopt_sparse.kernels.types import AttentionOutput, ScoreGrid, Seqs, TileCounts, TileMap
 from tests.gpu.build import Setup, build
 from tests.gpu.cases import SHAPES, Case
@@ -146,6 +152,24 @@ def run_case(case: Case) -> str:
     return f"{seen.skipped} of {seen.visible} tiles skipped"
 
 
+def run_latents() -> str:
+    """The kernel for latents, over a page with unused slots."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, heads = [150, 0, 64], 64
+    seqs = Seqs.from_lengths([2, 1, 1], lengths)
+    q = torch.randn(4, heads, 576, generator=generator).bfloat16()
+    k = torch.randn(sum(lengths), 1, 576, generator=generator).bfloat16()
+    pages = in_pages(k, k, seqs, 64)
+    cache = PagedKV.from_latent(pages.k.squeeze(2), 512, pages.block_table)
+    options = {"phase": Phase.DECODE, "scale": 576**-0.5}
+    with torch.no_grad():
+        found = attention_paged(q.to(DEVICE), moved(cache, DEVICE), moved(seqs, DEVICE), **options)
+        wanted = attention_reference(q.double(), k.double(), k[..., :512].double(), seqs, **options)
+    error = float((found.out.cpu().double() - wanted.out).norm() / wanted.out.norm())
+    assert error < 5e-3, error
+    return f"error {error:.1e}"
+
+
 def main() -> int:
     """Runs all cases; the exit status is the number that failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -153,17 +177,18 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the calls")
     chosen = parser.parse_args()
     failed = 0
-    for case in cases():
-        if chosen.only not in case.name:
+    runs = [(case.name, partial(run_case, case)) for case in cases()]
+    for name, run in [*runs, ("latents", run_latents)]:
+        if chosen.only not in name:
             continue
         if chosen.list:
-            print(case.name)
+            print(name)
             continue
         try:
-            print(case.name, run_case(case), flush=True)
+            print(name, run(), flush=True)
         except AssertionError as error:
             failed += 1
-            print(case.name, "FAILED:", error, flush=True)
+            print(name, "FAILED:", error, flush=True)
     print(f"{failed} failed")
     return failed
 

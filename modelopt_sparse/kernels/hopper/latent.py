@@ -63,6 +63,29 @@ def load_queries(q, pointers, is_row, first, buffer, C: gl.constexpr, CHANNELS: 
     buffer.store(values)
 
 
+@gluon.jit
+def multiply(q_latents, q_rotary, buffers, stage, zero):
+    """Starts the products of all rows and the keys of a stage."""
+    of_latents, of_rotary = buffers
+    product = warpgroup_mma(
+        q_latents, of_latents.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
+    )
+    return warpgroup_mma(q_rotary, of_rotary.index(stage).permute((1, 0)), product, is_async=True)
+
+
+@gluon.jit
+def hide(tile, count, C: gl.constexpr):
+    """Clears the values of a tile [keys, channels] but for the first keys: an unused slot may hold NaN."""
+    CHANNELS: gl.constexpr = 64
+    PARTS: gl.constexpr = C.HEAD_DIM // CHANNELS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    exists = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, layout)) < count
+    for i in gl.static_range(PARTS):
+        part = tile.slice(i * CHANNELS, CHANNELS, dim=1)
+        values = part.load(layout)
+        part.store(gl.where(gl.expand_dims(exists, 1), values, 0.0).to(values.dtype))
+
+
 @gluon.jit(do_not_specialize=RUN_TIME)
 def latent_kernel(
     q, latents, rotary, split_sums, split_out, q_token, q_head,
@@ -146,20 +169,16 @@ def latent_kernel(
     fence_async_shared()
 
     running = gl.full([_ROWS], float("-inf"), gl.float32, of_score)
-    total = gl.full([_ROWS], 0.0, gl.float32, of_score)
     zero = gl.full([_ROWS, _KEYS], 0.0, gl.float32, scores)
+    # Of each place in a tile: rows are added up at the end, for that is an exchange between warpgroups.
+    totals = zero
     acc = gl.full([_ROWS, C.HEAD_DIM], 0.0, gl.float32, sums)
+    mbarrier.wait(arrived.index(0), 0, pred=n_tiles > 0)
+    score = warpgroup_mma_wait(0, deps=(multiply(q_latents, q_rotary, buffers, 0, zero),))
     for visit in range(0, n_tiles):
         stage = visit % _STAGES
-        mbarrier.wait(arrived.index(stage), (visit // _STAGES) & 1)
-        product = warpgroup_mma(
-            q_latents, of_latents.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
-        )
-        product = warpgroup_mma(
-            q_rotary, of_rotary.index(stage).permute((1, 0)), product, is_async=True
-        )
-        score = warpgroup_mma_wait(0, deps=(product,)) * scale_log2
         tile = first_tile + visit
+        score = score * scale_log2
         if (tile + 1) * _KEYS > least_high:
             key = tile * _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(0, scores))
             seen = gl.expand_dims(key, 0) < gl.expand_dims(high, 1)
@@ -168,18 +187,27 @@ def latent_kernel(
         pivot = gl.where(new == float("-inf"), 0.0, new)
         alpha = gl.exp2(running - pivot)
         p = gl.exp2(score - gl.expand_dims(pivot, 1))
-        total = total * alpha + gl.sum(p, axis=1)
+        totals = totals * gl.expand_dims(alpha, 1) + p
         running = new
         weights.store(p.to(dtype))
+        if (tile + 1) * _KEYS > n_k:
+            hide(of_latents.index(stage), n_k - tile * _KEYS, C)
         fence_async_shared()
         acc = acc * gl.expand_dims(gl.convert_layout(alpha, of_sum), 1)
         _barrier()
         adding = warpgroup_mma(weights, of_latents.index(stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(adding,))
+        # The scores of the next tile follow at once. Behind the last one, what they are doesn't matter.
+        following = visit + 1
+        other = following % _STAGES
+        mbarrier.wait(arrived.index(other), (following // _STAGES) & 1, pred=following < n_tiles)
+        product = multiply(q_latents, q_rotary, buffers, other, zero)
+        acc = warpgroup_mma_wait(1, deps=(adding,))
         # Both warpgroups have read the stage.
         _barrier()
         if visit + _STAGES < n_tiles:
             ask_for_tile(tile + _STAGES, stage, table, boxes, buffers, arrived, C)
+        score = warpgroup_mma_wait(0, deps=(product,))
+    total = gl.sum(totals, axis=1)
 
     entry = (sequence.to(gl.int64) * max_q + index) * n_heads + head
     part = split.to(gl.int64) * n_entries + entry

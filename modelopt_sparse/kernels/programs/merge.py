@@ -9,7 +9,7 @@ from modelopt_sparse.kernels.device.run_time import RUN_TIME
 from modelopt_sparse.kernels.device.softmax import LOG2_E, finish, rescale
 
 # Splits that a program adds up together.
-_SPLITS = tl.constexpr(16)
+_SPLITS = tl.constexpr(32)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
