@@ -16,7 +16,7 @@ from modelopt_sparse.kernels import (
     attention_reference,
 )
 from modelopt_sparse.kernels.check import Call
-from modelopt_sparse.kernels.decode import _has_values_in_keys
+from modelopt_sparse.kernels.latent import has_values_in_keys
 from modelopt_sparse.kernels.launch import split_dim
 from tests.inputs import needs_interpreter, topical
 from tests.paged import in_pages, paged_triton
@@ -50,11 +50,11 @@ def test_a_head_dim_is_one_power_of_two_or_two(dim, parts):
 def test_latents_are_known_by_where_they_lie():
     inputs, cache = latents((32, 16), [1], [40], 16)
     call = Call(inputs.q, cache.k, cache.v, inputs.seqs, Plan(), block_tables=cache.block_tables)
-    assert _has_values_in_keys(call)
+    assert has_values_in_keys(call)
     apart = replace(call, v=cache.v.clone())
     tables = replace(call, block_tables=(cache.block_table, cache.block_table.clone()))
     others = replace(call, v=cache.k[..., :16])
-    assert not any(map(_has_values_in_keys, (apart, tables, others)))
+    assert not any(map(has_values_in_keys, (apart, tables, others)))
 
 
 @needs_interpreter
