@@ -192,8 +192,10 @@ def multiply_keys(q, k_tile, C: tl.constexpr, IN_PIECES: tl.constexpr):
         k_tile: from `load_k`. IN_PIECES: it came so.
     """
     if IN_PIECES:
-        first = tl.dot(q, tl.trans(as_queries(k_tile[0], C)))
-        second = tl.dot(q, tl.trans(as_queries(k_tile[1], C)))
+        first_k = as_queries(k_tile[0], C)
+        second_k = as_queries(k_tile[1], C)
+        first = tl.dot(q, tl.trans(first_k), input_precision=C.PRECISION)
+        second = tl.dot(q, tl.trans(second_k), input_precision=C.PRECISION)
         return tl.join(first, second).permute(0, 2, 1).reshape(C.BLOCK_M, C.BLOCK_N)
     else:
         return tl.dot(q, tl.trans(as_queries(k_tile, C)), input_precision=C.PRECISION)
@@ -211,7 +213,8 @@ def add_values(acc, p, v_tile, C: tl.constexpr, IN_PIECES: tl.constexpr):
         second_v = as_queries(v_tile[1], C)
         halves = p.to(first_v.dtype).reshape(C.BLOCK_M, 2, C.BLOCK_N // 2).permute(0, 2, 1)
         first, second = halves.split()
-        return tl.dot(second, second_v, tl.dot(first, first_v, acc))
+        acc = tl.dot(first, first_v, acc, input_precision=C.PRECISION)
+        return tl.dot(second, second_v, acc, input_precision=C.PRECISION)
     else:
         values = as_queries(v_tile, C)
         return tl.dot(p.to(values.dtype), values, acc, input_precision=C.PRECISION)
