@@ -116,6 +116,8 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
     is_narrow = launch.block_m >= 64 and not may_be_late(v.shape[-1])
     is_wanted = arguments.in_one_page(call, launch.block_n) and not is_narrow
     found, box_rows, box_columns = boxes(parts, launch.block_n, is_wanted)
+    if not rest:
+        found, box_columns = [*found, None], [*box_columns, 0]
     C = DecodeVariant(
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
@@ -142,7 +144,7 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
     def run(C: DecodeVariant, count: int) -> None:
         decode_kernel[(units * count,)](
             q, k, v, results.out, results.lse, seeds, splits.sums, splits.out,
-            *found, *((None,) if not rest else ()), *box_rows, *box_columns, *((0,) if not rest else ()),
+            *found, *box_rows, *box_columns,
             *(arguments.strides(x) for x in (q, k, v, results.out)),
             *arguments.pages(call),
             *arguments.sequences(seqs)[:4], heads, heads // k.shape[-2], members, blocks, max_q, count,
