@@ -125,7 +125,6 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         HAS_LOWER_EDGE=call.bounds is not None or call.window is not None,
         BOXES=found[0] is not None,
         SKIP=skip is not None,
-        LATE_VALUES=launch.late_values,
         STORE_TILES=words is not None,
         WEIGH_SKIPPED=skip is not None and (results.dropped is not None or exact),
         EXACT=exact,

@@ -156,9 +156,6 @@ def attend_decode(
                     tl.store(words[0] + (tile >> 5), word, mask=words[1])
                     word = 0
             local = tl.maximum(local, tile_max)
-        elif C.LATE_VALUES:
-            # Always so, but the compiler doesn't know: loads in a branch are not made ahead.
-            any_kept = stop_key > first_key
 
         if any_kept:
             is_seen = None
