@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -63,9 +65,13 @@ def test_packed_keys(plan, dim, request):
     assert made
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("page", [16, 32, 64])
-@each_plan
+@pytest.mark.parametrize(
+    ("plan", "page", "layout"),
+    [
+        *(pytest.param(PLANS["skip"], *x, id=f"skip-{x}") for x in product((16, 32, 64), LAYOUTS)),
+        pytest.param(PLANS["dense"], 64, "nhd", id="dense-64"),
+    ],
+)
 def test_pages_of_whole_and_half_tiles(plan, page, layout, request):
     q, k, v, seqs = inputs()
     cache = in_pages(k, v, seqs, page, layout)

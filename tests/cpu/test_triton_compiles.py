@@ -57,7 +57,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(target, names, tmp_path):
     assert_compile(target, names, tmp_path)
 
 
-def test_latents_have_a_kernel_of_their_own_on_hopper(tmp_path):
+@pytest.mark.slow
+def test_latents_have_a_kernel_of_their_own_on_hopper_alone(tmp_path):
     names = ["latent of 128 heads"]
     assert "latent_kernel" in compiled("sm_90", names, tmp_path)
     assert "latent_kernel" not in compiled("sm_80", names, tmp_path)
