@@ -28,7 +28,7 @@ def check_fraction(name: str, value: object) -> float:
     number = as_float(value)
     if not 0.0 <= number <= 1.0:
         raise ArgumentError(describe(name, repr(value), _TAKES))
-    return abs(number)
+    return number or 0.0
 
 
 def check_threshold(
