@@ -105,12 +105,7 @@ def trtllm_batch_context_with_kv_cache(
         query,
         cache,
         seqs_of(cum_seq_lens_q, seq_lens, max_q_len, max_kv_len, cache),
-        causal=causal,
-        scale=scale_of(bmm1_scale),
-        window=window_of(window_left),
-        sinks=sinks_of(sinks),
-        phase=Phase.PREFILL,
-        plan=Plan(skip=None if threshold is None else SkipSoftmax(threshold)),
+        **_prefill(causal, bmm1_scale, window_left, sinks, threshold),
     )
     return result_of(found, query.shape[:1], bmm2_scale, out, out_dtype, lse, return_lse)
 
@@ -243,12 +238,7 @@ def trtllm_ragged_attention_deepseek(
         key,
         value,
         seqs,
-        causal=is_causal,
-        scale=scale_of(bmm1_scale),
-        window=window_of(window_left),
-        sinks=sinks_of(attention_sinks),
-        phase=Phase.PREFILL,
-        plan=Plan(skip=None if threshold is None else SkipSoftmax(threshold)),
+        **_prefill(is_causal, bmm1_scale, window_left, attention_sinks, threshold),
     )
     return result_of(found, query.shape[:1], bmm2_scale, out, None, lse, return_lse)
 
@@ -331,3 +321,21 @@ def trtllm_batch_decode_with_kv_cache_mla(
         plan=Plan(skip_decode=skip),
     )
     return result_of(found, rows, bmm2_scale, out, None, lse, return_lse)
+
+
+def _prefill(
+    causal: bool,
+    bmm1_scale: float,
+    window_left: int,
+    sinks: Tensor | Sequence[Tensor] | None,
+    threshold: float | Tensor | None,
+) -> dict[str, Any]:
+    """What both functions that prefill ask of the kernels."""
+    return {
+        "causal": causal,
+        "scale": scale_of(bmm1_scale),
+        "window": window_of(window_left),
+        "sinks": sinks_of(sinks),
+        "phase": Phase.PREFILL,
+        "plan": Plan(skip=None if threshold is None else SkipSoftmax(threshold)),
+    }

@@ -19,7 +19,7 @@ from .types import Phase
 
 # Tiles of the kernel: rows, and keys.
 _ROWS, _KEYS = 64, 64
-# Below so many, plain Triton's tiles of fewer rows read the cache as fast.
+# Of fewer rows at least half a program's would be empty; plain Triton's has as many as it needs.
 _LEAST_ROWS = 33
 _LATENT_CHANNELS = (256, 512)
 _ROTARY_CHANNELS = 64

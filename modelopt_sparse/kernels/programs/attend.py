@@ -44,7 +44,7 @@ def attend(
         state: (acc [BLOCK_M, BLOCK_DV], total, running, bound, lost [BLOCK_M], tallies): sums of exponentials
             kept, running max (log2), bound on and sum of exponentials skipped, and tile counts.
         q: [BLOCK_M, BLOCK_D].
-        kv: (k, v, k_stride, v_stride, k_box, v_box): see `load_k`.
+        kv: see `load_k`.
         rows: (position, low, high, is_row, group [BLOCK_M], first_key, stop_key, has_gaps): what rows see,
             from the first key to one past the last, and whether there may be keys in between that none sees.
         visits: (order, last, first), see `visits`.

@@ -46,7 +46,8 @@ def prefill_kernel(
     """One program: C.BLOCK_M positions of one query head.
 
     Tensors are those of `attention_varlen`; strides are (token, head), those of grids all four. `counts` is
-    int64 [2 + thresholds, Hq]: visible, skipped, and skipped under each further threshold.
+    int64 [2 + thresholds, Hq]: visible, skipped, and skipped under each further threshold. `k_boxes` and
+    `v_boxes`, and what a head and a page add to their coordinates, are those of `boxes`, for C.BOXES.
     """
     PARTS: tl.constexpr = 128 // C.BLOCK_M
     head, block = program_place(tl.program_id(0), n_super_blocks * PARTS, n_heads)
