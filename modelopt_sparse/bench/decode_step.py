@@ -144,7 +144,10 @@ def decode_step(length: int, size: Size, setting: Setting) -> Trial:
 
 
 def captured(run: Callable[[], T], device: torch.device) -> Callable[[], T]:
-    """`run` as a CUDA graph, which returns the same tensors each time; on a CPU `run` itself."""
+    """`run` as a CUDA graph, which returns the same tensors each time; on a CPU `run` itself.
+
+    A graph knows addresses alone: what is returned keeps `run` alive, and with it the tensors that it reads.
+    """
     if device.type != "cuda":
         return run
     # It ships no types.
@@ -158,11 +161,11 @@ def captured(run: Callable[[], T], device: torch.device) -> Callable[[], T]:
     with torch.cuda.graph(graph):
         found = run()
 
-    def replay() -> T:
+    def replay(reads: Callable[[], T]) -> T:
         graph.replay()
         return found
 
-    return replay
+    return partial(replay, run)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -159,7 +158,7 @@ def attention_paged(
     call = checked(Call(q, cache.k, cache.v, seqs, **more, **options))
     if k_scale != 1:
         assert call.scale is not None
-        call = replace(call, scale=call.scale * k_scale)
+        call = call._replace(scale=call.scale * k_scale)
     bias = None if call.bias is None else call.bias.values
     wants_grad = any(
         x is not None and x.requires_grad for x in (q, call.k, call.v, call.sinks, bias)

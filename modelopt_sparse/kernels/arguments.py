@@ -6,12 +6,11 @@ import math
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .check import Call
-from .launch import block_dim
+from .launch import block_dim, power_of_two
 from .thresholds import log2_threshold
 from .types import NMSparsity, ScoreGrid, Seqs, SkipSoftmax, SkipSoftmaxDecode
 
@@ -123,7 +122,7 @@ def threshold(
 
 def padded(n_thresholds: int) -> int:
     """The power of two that holds so many thresholds; 0 for none."""
-    return triton.next_power_of_2(n_thresholds) if n_thresholds else 0
+    return power_of_two(n_thresholds) if n_thresholds else 0
 
 
 def counted_thresholds(skip: SkipSoftmax | SkipSoftmaxDecode | None) -> tuple[float, ...] | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ FP8 = torch.float8_e4m3fn
 TILE_SIZES = (16, 32, 64, 128)
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
+class Call(NamedTuple):
     """The arguments of `attention_varlen`. `checked` fills in the scale and resolves the plan."""
 
     q: Tensor
@@ -75,9 +74,9 @@ def checked(call: Call) -> Call:
     if call.window is not None:
         _check_window(call)
     if call.sinks is not None:
-        check_tensor("sinks", call.sinks, q, shape=(q.shape[1],), floating=True)
+        check_tensor("sinks", call.sinks, q.device, shape=(q.shape[1],), floating=True)
     if call.bounds is not None:
-        check_tensor("bounds", call.bounds, q, shape=(q.shape[0], 2), dtype=torch.int32)
+        check_tensor("bounds", call.bounds, q.device, shape=(q.shape[0], 2), dtype=torch.int32)
     for name, grid in (("mask", call.mask), ("bias", call.bias)):
         if grid is not None:
             _check_grid(name, grid, q, seqs)
@@ -91,7 +90,7 @@ def checked(call: Call) -> Call:
     plan = _resolved_plan(call)
     if plan.tiles is not None:
         _check_tiles(plan.tiles, plan, call)
-    return replace(call, scale=scale, plan=plan)
+    return call._replace(scale=scale, plan=plan)
 
 
 def _check_window(call: Call) -> None:
@@ -108,12 +107,12 @@ def _resolved_plan(call: Call) -> Plan:
     plan = call.plan
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(describe("plan", repr(plan), "a Plan"))
-    return Plan(
-        nm=_resolved_nm(plan.nm),
-        skip=_resolved_skip("plan.skip", plan.skip, SkipSoftmax, call),
-        skip_decode=_resolved_skip("plan.skip_decode", plan.skip_decode, SkipSoftmaxDecode, call),
-        tiles=plan.tiles,
-    )
+    nm = _resolved_nm(plan.nm)
+    skip = _resolved_skip("plan.skip", plan.skip, SkipSoftmax, call)
+    decode = _resolved_skip("plan.skip_decode", plan.skip_decode, SkipSoftmaxDecode, call)
+    if nm is plan.nm and skip is plan.skip and decode is plan.skip_decode:
+        return plan
+    return Plan(nm, skip, decode, plan.tiles)
 
 
 def _resolved_nm(nm: NMSparsity | None) -> NMSparsity | None:
@@ -144,24 +143,39 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
         if skip.segment_keys % skip.block_keys:
             takes = f"a multiple of block_keys ({skip.block_keys})"
             raise ArgumentError(describe("segment_keys", skip.segment_keys, takes))
-        group = call.q.shape[1] // call.k.shape[-2]
-        if skip.vote_heads is not None and group % check_int(
-            "vote_heads", skip.vote_heads, least=1
-        ):
-            takes = f"a divisor of the {group} query heads of a KV head, or None"
-            raise ArgumentError(describe("vote_heads", skip.vote_heads, takes))
+        if skip.vote_heads is not None:
+            _check_vote_heads(skip.vote_heads, call)
     if not isinstance(skip.count_thresholds, tuple):
         raise ArgumentTypeError(
             describe("count_thresholds", repr(skip.count_thresholds), "a tuple of fractions")
         )
-    counted = tuple(check_fraction("count_thresholds", value) for value in skip.count_thresholds)
-    batch, heads = call.seqs.q_len.shape[0], call.q.shape[1]
-    threshold = check_threshold("threshold", skip.threshold, batch, heads, call.q.device)
+    counted: tuple[float, ...] = ()
+    if skip.count_thresholds:
+        counted = tuple(check_fraction("count_thresholds", x) for x in skip.count_thresholds)
+    threshold = _resolved_threshold(skip.threshold, call)
     if threshold is None and not counted:
         return None
     if threshold is skip.threshold and not counted:
         return skip
     return replace(skip, threshold=threshold, count_thresholds=counted)
+
+
+def _check_vote_heads(heads: Any, call: Call) -> None:
+    group = call.q.shape[1] // call.k.shape[-2]
+    if group % check_int("vote_heads", heads, least=1):
+        takes = f"a divisor of the {group} query heads of a KV head, or None"
+        raise ArgumentError(describe("vote_heads", heads, takes))
+
+
+def _resolved_threshold(value: Any, call: Call) -> float | Tensor | None:
+    """A lambda, or None where it means dense. The values of a tensor stay unread."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return check_fraction("threshold", value) or None
+    batch, heads = call.seqs.q_len.shape[0], call.q.shape[1]
+    check_threshold("threshold", value, batch, heads, call.q.device)
+    return value
 
 
 def _check_tile_size(name: str, value: Any) -> None:
@@ -194,26 +208,28 @@ def _check_tiles(tiles: TileMap, plan: Plan, call: Call) -> None:
     shape = (batch,)
     for name in ("q_len", "k_len"):
         value = getattr(tiles.seqs, name)
-        check_tensor(f"plan.tiles.seqs.{name}", value, call.q, shape, torch.int32)
+        check_tensor(f"plan.tiles.seqs.{name}", value, call.q.device, shape, torch.int32)
     slots = slot_count(call.q.shape[0], batch, call.seqs.max_q, tiles.block_rows)
     words = word_count(call.seqs.max_k, tiles.block_keys)
-    check_tensor("plan.tiles.words", tiles.words, call.q, (slots, heads, words), torch.int32)
+    check_tensor("plan.tiles.words", tiles.words, call.q.device, (slots, heads, words), torch.int32)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, is_paged: bool = False) -> None:
     """The three tensors of a call fit together."""
-    paged = "[pages, page_size, heads, head_dim]"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(describe(name, type(x).__name__, "a tensor"))
-        axes = paged if is_paged and name != "q" else "[tokens, heads, head_dim]"
-        if x.ndim != axes.count(",") + 1 or 0 in x.shape[1:]:
+    dtype, device = q.dtype, q.device
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        in_pages = is_paged and name != "q"
+        if x.ndim != 3 + in_pages or (not x.numel() and 0 in x.shape[1:]):
+            axes = f"[{'pages, page_size' if in_pages else 'tokens'}, heads, head_dim]"
             raise ArgumentError(describe(name, f"shape {tuple(x.shape)}", axes))
-        is_quantized = axes is paged and x.dtype == FP8
+        is_quantized = in_pages and x.dtype == FP8
         if x.dtype not in DTYPES and not is_quantized:
             raise ArgumentError(describe(name, str(x.dtype), ", ".join(map(str, DTYPES))))
-        if (x.dtype != q.dtype and not is_quantized) or x.device != q.device:
-            got, takes = f"{x.dtype} on {x.device}", f"{q.dtype} on {q.device}, as q"
+        if (x.dtype != dtype and not is_quantized) or x.device != device:
+            got, takes = f"{x.dtype} on {x.device}", f"{dtype} on {device}, as q"
             raise ArgumentError(describe(name, got, takes))
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ArgumentError(
@@ -242,8 +258,11 @@ def _check_seqs(seqs: Seqs, q: Tensor) -> None:
     check_int("seqs.max_k", seqs.max_k, least=0)
     check_int("seqs.min_q", seqs.min_q, least=0)
     batch = seqs.q_len.shape[0] if isinstance(seqs.q_len, Tensor) and seqs.q_len.ndim == 1 else -1
-    for name in ("q_start", "q_len", "k_start", "k_len"):
-        check_tensor(f"seqs.{name}", getattr(seqs, name), q, shape=(batch,), dtype=torch.int32)
+    device, shape = q.device, (batch,)
+    check_tensor("seqs.q_start", seqs.q_start, device, shape, torch.int32)
+    check_tensor("seqs.q_len", seqs.q_len, device, shape, torch.int32)
+    check_tensor("seqs.k_start", seqs.k_start, device, shape, torch.int32)
+    check_tensor("seqs.k_len", seqs.k_len, device, shape, torch.int32)
     if is_readable(q):
         _check_extent("q", seqs.q_start, seqs.q_len, q.shape[0], seqs.max_q)
         short = seqs.q_len[(seqs.q_len > 0) & (seqs.q_len < seqs.min_q)]
@@ -256,7 +275,7 @@ def _check_block_tables(tables: tuple[Tensor, Tensor], call: Call) -> None:
     seqs = call.seqs
     batch = seqs.q_len.shape[0]
     for name, table in zip(("block_table", "v_block_table"), tables, strict=True):
-        check_tensor(name, table, call.q, shape=(batch, -1), dtype=torch.int32)
+        check_tensor(name, table, call.q.device, shape=(batch, -1), dtype=torch.int32)
         if table.stride(-1) != 1 and table.shape[-1] > 1:
             raise ArgumentError(
                 describe(name, f"strides {table.stride()}", "a contiguous last dim")
@@ -301,7 +320,7 @@ def _check_grid(name: str, grid: ScoreGrid, q: Tensor, seqs: Seqs) -> None:
     for axis, size, length in (("row", 2, seqs.q_len), ("key", 3, seqs.k_len)):
         start = getattr(grid, f"{axis}_start")
         if start is not None:
-            check_tensor(f"{name}.{axis}_start", start, q, shape=(batch,), dtype=torch.int32)
+            check_tensor(f"{name}.{axis}_start", start, q.device, shape=(batch,), dtype=torch.int32)
         if is_readable(q):
             first = torch.zeros_like(length) if start is None else start
             ends = torch.where(length > 0, first.long() + length.long(), 0)

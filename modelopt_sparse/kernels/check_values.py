@@ -22,12 +22,12 @@ def is_readable(x: Tensor) -> bool:
 def check_tensor(
     name: str,
     value: object,
-    q: Tensor,
+    device: torch.device,
     shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
     floating: bool = False,
 ) -> None:
-    """`value` is a tensor of this shape (-1: any) and dtype on the device of `q`."""
+    """`value` is a tensor of this shape (-1: any) and dtype on this device, that of q."""
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(describe(name, type(value).__name__, "a tensor"))
     found = value.shape
@@ -38,8 +38,8 @@ def check_tensor(
         raise ArgumentError(describe(name, f"shape {tuple(value.shape)}", f"shape {list(shape)}"))
     if (dtype is not None and value.dtype != dtype) or (floating and not value.is_floating_point()):
         raise ArgumentError(describe(name, str(value.dtype), str(dtype or "a floating dtype")))
-    if value.device != q.device:
-        raise ArgumentError(describe(name, str(value.device), f"{q.device}, as q"))
+    if value.device != device:
+        raise ArgumentError(describe(name, str(value.device), f"{device}, as q"))
 
 
 def check_bool(name: str, value: object) -> None:

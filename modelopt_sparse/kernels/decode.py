@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import triton
 
 from modelopt_sparse.errors import UnsupportedCall, describe
 
@@ -20,6 +19,7 @@ from .launch import (
     Launch,
     decode_launch,
     may_be_late,
+    power_of_two,
     shared_memory,
     split_dim,
     thriftier,
@@ -71,7 +71,7 @@ def launch_decode(call: Call, results: Results) -> None:
     if skip is not None and skip.threshold is None:
         # Only counted: the output stays that of a call without.
         _launch(call, scratch(results))
-        call = replace(call, plan=replace(call.plan, skip_decode=None))
+        call = call._replace(plan=replace(call.plan, skip_decode=None))
     _launch(call, results)
 
 
@@ -129,7 +129,7 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         WEIGH_SKIPPED=skip is not None and (results.dropped is not None or exact),
         EXACT=exact,
         THRESHOLDS=arguments.padded(len(skip.count_thresholds)) if skip else 0,
-        HEADS=triton.next_power_of_2(members),
+        HEADS=power_of_two(members),
         ALL_DECODE=call.phase is Phase.DECODE,
         IS_SPLIT=splits.count > 1,
         V_IN_K=has_values_in_keys(call),
@@ -137,7 +137,7 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         | _channels(q.shape[-1])
         | ({"BLOCK_DV": LEAST_LATE} if is_narrow else {}),
     )
-    blocks = triton.cdiv(members * max_q, C.BLOCK_M)
+    blocks = -(-members * max_q // C.BLOCK_M)
     units = batch * (heads // members) * blocks
 
     def run(C: DecodeVariant, count: int) -> None:

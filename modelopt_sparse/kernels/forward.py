@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from modelopt_sparse.errors import UnsupportedCall, describe
 
@@ -55,7 +54,7 @@ def _launch(call: Call, results: Results) -> None:
     elif max_q <= MOST_ROWS_OF_A_SEQUENCE:
         launch_decode(call, results)
     elif plan.skip_decode is None:
-        launch_prefill(replace(call, plan=Plan()), results)
+        launch_prefill(call._replace(plan=Plan()), results)
     else:
         takes = f"at most {MOST_ROWS_OF_A_SEQUENCE} rows a sequence"
         remedy = "Use phase=Phase.PREFILL, or attention_reference."

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 
 from . import arguments
 from .boxes import layout_of, shape_of
@@ -63,7 +62,7 @@ def latent_applies(call: Call, rows: int) -> bool:
 
 def launch_latent(call: Call, results: Results, max_q: int) -> None:
     """Computes the sequences of such a call."""
-    from .hopper.latent import latent_kernel
+    from .hopper.latent import REGISTERS, WARPS, latent_kernel
 
     q, k, seqs, scale = call.q, call.k, call.seqs, call.scale
     heads, batch = q.shape[1], seqs.q_len.shape[0]
@@ -71,17 +70,18 @@ def launch_latent(call: Call, results: Results, max_q: int) -> None:
     layout = layout_of(latents)
     assert layout is not None and call.block_tables is not None and scale is not None
     splits = Splits.of(call, max_q, least=1)
-    blocks = triton.cdiv(heads * max_q, _ROWS)
+    blocks = -(-heads * max_q // _ROWS)
     table = call.block_tables[0]
     C = LatentVariant(
         latents.shape[-1], rotary.shape[-1], k.shape[1], call.causal, call.phase is Phase.DECODE
     )
+    half = _box(latents, latents.shape[-1] // 2)
     latent_kernel[(batch * splits.count * blocks,)](
-        q, _box(latents), _box(rotary), splits.sums, splits.out, *arguments.strides(q),
+        q, half, _box(rotary, rotary.shape[-1]), splits.sums, splits.out, *arguments.strides(q),
         table, table.stride(0), layout[1],
         *arguments.sequences(seqs)[:2], seqs.k_len, heads, blocks, max_q, splits.count,
         *splits.tiles(_KEYS), splits.entries, scale / math.log(2),
-        C, num_warps=8,
+        C, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     merge(call, results, splits, max_q)
 
@@ -93,15 +93,15 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _box(x: torch.Tensor) -> object:
-    """Descriptor of the rows of pages [pages, page_size, 1, channels], in tiles of keys."""
+def _box(x: torch.Tensor, channels: int) -> object:
+    """Descriptor of the rows of pages [pages, page_size, 1, all channels], in tiles of keys and channels."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     layout = layout_of(x)
     assert layout is not None
     shared = gl.NVMMASharedLayout(128, 8 * x.element_size(), 2)
-    return TensorDescriptor(x, shape_of(x, layout), [x.stride(-3), 1], [_KEYS, x.shape[-1]], shared)
+    return TensorDescriptor(x, shape_of(x, layout), [x.stride(-3), 1], [_KEYS, channels], shared)
 
 
 def has_values_in_keys(call: Call) -> bool:

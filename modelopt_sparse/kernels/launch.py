@@ -53,9 +53,14 @@ def thriftier(
             return
 
 
+def power_of_two(n: int) -> int:
+    """The least that is no less than `n`. Triton's own costs the host as much as making a tensor."""
+    return 1 << (n - 1).bit_length()
+
+
 def block_dim(dim: int) -> int:
     """The power of two that holds a head dim, at least 16, the least of a tensor core."""
-    return max(16, 1 << (dim - 1).bit_length())
+    return max(16, power_of_two(dim))
 
 
 def split_dim(dim: int) -> tuple[int, int]:
@@ -183,7 +188,7 @@ def decode_launch(
         capacity: bytes of shared memory.
         v_in_k: values are keys, so that one load does.
     """
-    block_m = max(16, triton.next_power_of_2(rows))
+    block_m = max(16, power_of_two(rows))
     is_deciding = block_keys is not None
     block_n = block_keys or 0
     if not is_deciding:

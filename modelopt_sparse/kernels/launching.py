@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -18,22 +17,29 @@ from .launch import Launch, block_dim
 from .programs.clear import clear_kernel
 
 
-@contextmanager
-def launching(call: Call) -> Iterator[None]:
+class launching:
     """Launches go to the tensors' device, not to the current one, and say so if they don't fit there.
 
     Raises:
         UnsupportedCall: a kernel needs more shared memory or registers than the GPU has.
     """
-    device = call.q.device
-    try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            yield
-    except OutOfResources as error:
-        dims = f"head dims {call.q.shape[-1]} and {call.v.shape[-1]}"
-        got = f"{dims} in {call.q.dtype}: {error}"
-        remedy = "Use smaller decision tiles, or attention_reference (backend 'pytorch')."
-        raise UnsupportedCall(describe("this call", got, "what fits the GPU", remedy)) from error
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        # It ships no types. A tensor on a CPU changes nothing.
+        self._device: Any = torch.cuda.device_of(call.q)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> None:
+        self._device.__enter__()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._device.__exit__(kind, error, trace)
+        if isinstance(error, OutOfResources):
+            q, v = self._call.q, self._call.v
+            got = f"head dims {q.shape[-1]} and {v.shape[-1]} in {q.dtype}: {error}"
+            remedy = "Use smaller decision tiles, or attention_reference (backend 'pytorch')."
+            takes = "what fits the GPU"
+            raise UnsupportedCall(describe("this call", got, takes, remedy)) from error
 
 
 def launch_first_that_fits(launches: Iterable[Launch], run: Callable[[Launch], None]) -> None:
@@ -68,9 +74,9 @@ def clear_unowned(
     tokens, heads, dim = x.shape
     dim_y = dim if y is None else y.shape[-1]
     if tokens:
-        clear_kernel[(triton.cdiv(tokens, 128),)](
+        clear_kernel[(-(-tokens // 128),)](
             x, arguments.strides(x), lse, y, None if y is None else arguments.strides(y),
-            start, length, len(start), tokens, heads,
+            start, length, start.shape[0], tokens, heads,
             counts[0], _size(counts[0]), counts[1], _size(counts[1]), *shares,
             dim, block_dim(dim), dim_y, block_dim(dim_y),
         )  # fmt: skip

@@ -6,7 +6,6 @@ An operator takes tensors and numbers only, so a call is taken apart into them a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def run(call: Call) -> AttentionOutput:
     if wants_grad or torch.compiler.is_compiling():
         found = attention_forward(*flatten(call), wants_grad)
         results = Results(*(x if x.numel() else None for x in found))  # type: ignore[arg-type]
-        results = replace(results, out=found[0], lse=found[1])
+        results = results._replace(out=found[0], lse=found[1])
     else:
         results = forward(call, keep_tiles=False)
     return _output(given, results)
@@ -71,7 +70,7 @@ def _with_positive_scale(call: Call) -> Call:
     assert call.scale is not None
     if call.scale > 0:
         return call
-    return replace(call, q=-call.q if call.scale else call.q * 0, scale=-call.scale or 1.0)
+    return call._replace(q=-call.q if call.scale else call.q * 0, scale=-call.scale or 1.0)
 
 
 def _output(call: Call, results: Results) -> AttentionOutput:

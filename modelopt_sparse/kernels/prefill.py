@@ -30,7 +30,7 @@ def launch_prefill(call: Call, results: Results, *, only_prefill: bool = False) 
     if skip is not None and skip.threshold is None:
         # Only counted: the output stays that of the dense kernel, to the bit.
         _launch(call, scratch(results), only_prefill)
-        call = replace(call, plan=replace(call.plan, skip=None))
+        call = call._replace(plan=replace(call.plan, skip=None))
     _launch(call, results, only_prefill)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from .tiles import slot_count, word_count
 from .types import Phase, SkipSoftmax, SkipSoftmaxDecode
 
 
-@dataclass(frozen=True, eq=False)
-class Results:
+class Results(NamedTuple):
     """Tensors that kernels write; those that a call has no use for are None.
 
     Args:
@@ -44,9 +43,6 @@ def allocate(call: Call, keep_tiles: bool) -> Results:
     q, seqs, plan = call.q, call.seqs, call.plan
     (rows, heads), batch = q.shape[:2], seqs.q_len.shape[0]
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
-
     def words_of(n: int, keys: int) -> Tensor:
         shape = n, heads, word_count(seqs.max_k, keys)
         return torch.zeros(shape, dtype=torch.int32, device=q.device)
@@ -54,7 +50,8 @@ def allocate(call: Call, keep_tiles: bool) -> Results:
     def counts(skip: SkipSoftmax | SkipSoftmaxDecode | None) -> Tensor | None:
         if skip is None:
             return None
-        return empty(2 + padded(len(skip.count_thresholds)), heads, dtype=torch.int64)
+        shape = 2 + padded(len(skip.count_thresholds)), heads
+        return q.new_empty(shape, dtype=torch.int64)
 
     skips = plan.skip is not None or plan.skip_decode is not None
     keep_tiles = keep_tiles or call.details
@@ -66,15 +63,16 @@ def allocate(call: Call, keep_tiles: bool) -> Results:
         decode_words = words_of(batch, plan.skip_decode.block_keys)
     may_prefill = call.phase is Phase.PREFILL or (call.phase is None and seqs.max_q > 1)
     may_decode = call.phase is not Phase.PREFILL
+    lse = q.new_empty((rows, heads), dtype=torch.float32)
     return Results(
-        out=empty(rows, heads, call.v.shape[-1], dtype=q.dtype),
-        lse=empty(rows, heads),
+        out=q.new_empty((rows, heads, call.v.shape[-1])),
+        lse=lse,
         prefill=counts(plan.skip) if may_prefill else None,
         decode=counts(plan.skip_decode) if may_decode else None,
         words=words,
         decode_words=decode_words,
-        dropped=empty(rows, heads) if skips and call.details else None,
-        bound=empty(rows, heads) if skips else None,
+        dropped=torch.empty_like(lse) if skips and call.details else None,
+        bound=torch.empty_like(lse) if skips else None,
     )
 
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from . import arguments
@@ -65,7 +64,7 @@ class Splits:
         """Of a call with at most so many rows a sequence. Sums are kept from `least` splits on."""
         q, max_k = call.q, call.seqs.max_k
         short, long = split_keys(call.plan.skip_decode)
-        count = max(1, triton.cdiv(min(max_k, LONG - 1), short), triton.cdiv(max_k, long))
+        count = max(1, -(-min(max_k, LONG - 1) // short), -(-max_k // long))
         entries = call.seqs.q_len.shape[0] * max_q * q.shape[1]
         if count < least:
             return cls(short, long, count, entries, None, None)
@@ -85,7 +84,7 @@ def merge(call: Call, results: Results, splits: Splits, max_q: int) -> None:
     exact = skip is not None and skip.exact_normalizer
     all_decode = call.phase is Phase.DECODE
     C = MergeVariant(dim, _CHANNELS, call.sinks is not None, skip is not None, exact, all_decode)
-    merge_kernel[(splits.entries, triton.cdiv(dim, _CHANNELS))](
+    merge_kernel[(splits.entries, -(-dim // _CHANNELS))](
         splits.sums, splits.out, results.out, results.lse, arguments.strides(results.out),
         seqs.q_start, seqs.q_len, seqs.k_len, splits.entries, call.q.shape[1], max_q,
         splits.short, splits.long, LONG, call.sinks, call.v_scale, results.bound, results.dropped,

@@ -31,24 +31,17 @@ def check_fraction(name: str, value: object) -> float:
     return number or 0.0
 
 
-def check_threshold(
-    name: str, value: object, batch: int, heads: int, device: torch.device
-) -> float | Tensor | None:
-    """A lambda as a number or a tensor; None where it means dense.
+def check_threshold(name: str, value: Tensor, batch: int, heads: int, device: torch.device) -> None:
+    """A lambda given as a tensor: of the right dtype, device and shape.
 
-    The values of a tensor stay unread, so that no call waits for the device: `log2_threshold` clamps.
+    Its values stay unread, so that no call waits for the device: `log2_threshold` clamps.
     """
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        return check_fraction(name, value) or None
     takes = f"float32 that broadcasts to [{batch}, {heads}] on {device}"
     if value.dtype != torch.float32 or value.device != device:
         raise ArgumentError(describe(name, f"{value.dtype} on {value.device}", takes))
     sizes = (1,) * (2 - value.ndim) + tuple(value.shape)
     if len(sizes) != 2 or sizes[0] not in (1, batch) or sizes[1] not in (1, heads):
         raise ArgumentError(describe(name, f"shape {tuple(value.shape)}", takes))
-    return value
 
 
 def log2_threshold(

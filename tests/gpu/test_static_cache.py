@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import StaticCache
 
 import modelopt_sparse as mtsa
+from modelopt_sparse.bench.decode_step import captured
 from modelopt_sparse.integrations import hf
 from tests.cpu.tiny import config_of, prompt, skipped, tiny_llama
 from tests.gpu.calls import DEVICE, needs_cuda
@@ -75,3 +78,13 @@ def test_a_captured_step_is_the_eager_one(is_sparse, is_padded):
         token.copy_(logits.argmax(-1))
     assert skipped(model, "decode") == after_warm_up
     assert all(after_warm_up[name] >= count for name, count in counted.items())
+
+
+def test_a_captured_function_keeps_what_it_reads():
+    ones = torch.ones(2**22, device=DEVICE)
+    replay = captured(partial(torch.mul, ones, 2), torch.device(DEVICE))
+    del ones
+    # Takes the place of what nobody holds.
+    taken = torch.full((2**22,), torch.nan, device=DEVICE)
+    assert (replay() == 2).all()
+    assert taken.isnan().all()

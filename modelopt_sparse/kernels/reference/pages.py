@@ -30,6 +30,6 @@ def gathered(call: Call) -> Call:
         k, v = k.to(dtype), v.to(dtype) * call.v_scale
     k, v = (packed(x, t) for x, t in zip((k, v), call.block_tables, strict=True))
     k_start = (seqs.k_len.cumsum(0) - seqs.k_len).int()
-    return replace(
-        call, k=k, v=v, block_tables=None, v_scale=1.0, seqs=replace(seqs, k_start=k_start)
+    return call._replace(
+        k=k, v=v, block_tables=None, v_scale=1.0, seqs=replace(seqs, k_start=k_start)
     )
