@@ -1,4 +1,5 @@
-"""What we are measured against: the kernels behind PyTorch's attention, and Model-Optimizer's if installed.
+"""What we are measured against: the kernels behind PyTorch's attention; Model-Optimizer's, FlashInfer's if
+installed.
 
 Each function makes the tensors that its peer wants, outside of what is timed, runs it once, and returns what
 to time; or raises `Unavailable`.
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .inputs import Inputs
+from .inputs import LATENT, Inputs
 from .timing import Run, Times
 
 MODELOPT = ("modelopt.torch.kernels.common.attention", "modelopt.torch.kernels")
 """Where its releases keep the kernel, the newest first."""
+WORKSPACE_BYTES = 2**28
+"""What FlashInfer's planning is given: twice what it asks for."""
 
 
 class Unavailable(Exception):
@@ -166,6 +169,46 @@ def modelopt(inputs: Inputs, n: int = 0, m: int = 4) -> Peer:
         raise Unavailable(f"Model-Optimizer: {type(error).__name__}: {error}") from error
     if n:
         return Peer(run, None, "its result was not checked")
+    return Peer(run, run)
+
+
+def flashinfer_latent(q: Tensor, pages: Tensor, table: Tensor, length: int, scale: float) -> Peer:
+    """FlashInfer's decode over pages of latents, by the backend that it picks, planned beforehand.
+
+    Args:
+        q: [B, Hq, D]. pages: [n_pages, page_size, D]. table: int32 [B, columns]: all pages are full.
+        length: keys of each sequence.
+    """
+    batch, heads, dim = q.shape
+    page_size, columns = pages.shape[1], table.shape[1]
+    parts = [part.contiguous() for x in (q, pages) for part in (x[..., :LATENT], x[..., LATENT:])]
+    ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=q.device)
+    try:
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.int8, device=q.device)
+        wrapper = import_module("flashinfer.mla").BatchMLAPagedAttentionWrapper(workspace)
+        wrapper.plan(
+            qo_indptr=ends,
+            kv_indptr=ends * columns,
+            kv_indices=table.flatten(),
+            kv_len_arr=lengths,
+            num_heads=heads,
+            head_dim_ckv=LATENT,
+            head_dim_kpe=dim - LATENT,
+            page_size=page_size,
+            causal=False,
+            sm_scale=scale,
+            q_data_type=q.dtype,
+            kv_data_type=pages.dtype,
+        )
+        wrapper.run(*parts)
+    except Exception as error:  # foreign code: whatever it raises is a reason
+        raise Unavailable(f"FlashInfer: {type(error).__name__}: {error}") from error
+
+    def run() -> Tensor:
+        out: Tensor = wrapper.run(*parts)
+        return out
+
     return Peer(run, run)
 
 

@@ -17,6 +17,8 @@ ROWS, KEYS = 64, 128
 """The decision tile that `dialled` aims at: the default of `SkipSoftmax`."""
 THRESHOLD = 0.1
 """The lambda at which a dialled share of tiles is skipped."""
+LATENT, ROTARY = 512, 64
+"""Channels of a latent and of its rotary part, as in DeepSeek-V3."""
 
 # Log2 scores of the first key, and of keys whose topic a query asks for. Every other key scores about 0,
 # with noise of about 0.6: cold tiles lie some fifteen deviations under the running max + log2(lambda).

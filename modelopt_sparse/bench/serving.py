@@ -24,16 +24,16 @@ from modelopt_sparse.kernels import (
     attention_varlen,
 )
 
-from .baselines import Peer, Unavailable
+from .baselines import Peer, Unavailable, flashinfer_latent
 from .cases import CUDNN, FLASH, OWN_DENSE, SDPA, SKIPS_NOTHING, Case, Check, Setting, Trial
 from .checks import DENSE_ERROR, forward_error, relative_error
-from .inputs import LOG2_E, QUERY_NOISE, SINK, THRESHOLD, TOPIC, plain
+from .inputs import LATENT, LOG2_E, QUERY_NOISE, ROTARY, SINK, THRESHOLD, TOPIC, plain
 
 DECODE_KEYS = 64
 """Keys of a decision tile in decode: the default of `SkipSoftmaxDecode`."""
 DIAL_ERROR = 0.03
 COPY, MATMUL, OWN_PACKED = "copy of as many bytes", "product of as many operations", "own packed"
-LATENT, ROTARY = 512, 64
+FLASHINFER = "FlashInfer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,16 +206,13 @@ def latent(batch: int, length: int, heads: int, page_size: int, setting: Setting
 
     flops = 2.0 * batch * heads * length * (2 * LATENT + ROTARY)
     bytes_read = batch * length * (LATENT + ROTARY) * latents.element_size()
-    return Trial(
-        error,
-        run,
-        lambda: Check(error(run().out), DENSE_ERROR),
-        {
-            COPY: partial(_copy, bytes_read, setting.device),
-            MATMUL: partial(_matmul, flops, setting),
-        },
-        flops,
-    )
+    peers = {
+        COPY: partial(_copy, bytes_read, setting.device),
+        MATMUL: partial(_matmul, flops, setting),
+    }
+    if setting.device.type == "cuda":
+        peers[FLASHINFER] = partial(flashinfer_latent, q, latents, table, length, scale)
+    return Trial(error, run, lambda: Check(error(run().out), DENSE_ERROR), peers, flops)
 
 
 def _sdpa(inputs: Caches, backend: SDPBackend | None) -> Peer:

@@ -28,7 +28,16 @@ from modelopt_sparse.bench.serving import caches, serving_cases, small_serving_c
 from modelopt_sparse.bench.timing import Effort, Times, times_in_turn
 from modelopt_sparse.errors import ArgumentError
 from modelopt_sparse.integrations import module_call
-from modelopt_sparse.kernels import Plan, SkipSoftmax, SkipSoftmaxDecode, attention_reference
+from modelopt_sparse.kernels import (
+    PagedKV,
+    Phase,
+    Plan,
+    Seqs,
+    SkipSoftmax,
+    SkipSoftmaxDecode,
+    attention_paged,
+    attention_reference,
+)
 
 CPU = torch.device("cpu")
 BRIEF = Effort(0.0, 1, 1)
@@ -362,6 +371,51 @@ def test_model_optimizer_is_given_n_and_m(monkeypatch):
     assert (seen["starts"], seen["most"], seen["softmax_scale"]) == ([0, 40], 40, 0.25)
     assert peer.output is None
     assert baselines.modelopt(inputs).output is not None
+
+
+class FakeFlashInfer:
+    """The wrapper of `flashinfer.mla`, in torch."""
+
+    def __init__(self, workspace):
+        assert workspace.dtype == torch.int8
+
+    def plan(self, **options):
+        assert not options["causal"]
+        self.options = options
+
+    def run(self, q, q_rotary, latents, rotary):
+        ends, options = self.options["kv_indptr"].tolist(), self.options
+        assert (options["head_dim_ckv"], options["head_dim_kpe"]) == (512, 64)
+        assert options["num_heads"] == q.shape[1] and options["page_size"] == latents.shape[1]
+        found = []
+        for b, n in enumerate(options["kv_len_arr"].tolist()):
+            pages = options["kv_indices"][ends[b] : ends[b + 1]].long()
+            values = latents[pages].flatten(0, 1)[:n]
+            keys = torch.cat([values, rotary[pages].flatten(0, 1)[:n]], -1)
+            scores = torch.cat([q[b], q_rotary[b]], -1) @ keys.T * options["sm_scale"]
+            found.append(scores.softmax(-1) @ values)
+        return torch.stack(found)
+
+
+def test_flashinfer_is_given_pages_and_lengths(monkeypatch):
+    module = type(sys)("mla")
+    module.BatchMLAPagedAttentionWrapper = FakeFlashInfer
+    monkeypatch.setattr(baselines, "import_module", lambda name: module)
+    trial = serving.latent(2, 96, 16, 32, SMALL)
+    q, latents = torch.randn(2, 16, 576), torch.randn(6, 32, 576)
+    table = torch.randperm(6).view(2, 3).int()
+    peer = baselines.flashinfer_latent(q, latents, table, 96, 0.1)
+    cache = PagedKV.from_latent(latents, 512, table)
+    seqs = Seqs.from_lengths([1, 1], [96, 96])
+    wanted = attention_paged(q, cache, seqs, scale=0.1, phase=Phase.DECODE).out
+    torch.testing.assert_close(peer.output(), wanted)
+    assert "FlashInfer" not in trial.peers
+
+
+def test_flashinfer_that_is_absent_is_unavailable():
+    q, latents = torch.randn(1, 16, 576), torch.randn(1, 32, 576)
+    with pytest.raises(baselines.Unavailable, match="FlashInfer: ModuleNotFoundError"):
+        baselines.flashinfer_latent(q, latents, torch.zeros(1, 1, dtype=torch.int32), 32, 0.1)
 
 
 def test_model_optimizer_that_is_absent_or_fails_is_unavailable(monkeypatch):
