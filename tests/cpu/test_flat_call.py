@@ -75,5 +75,5 @@ def test_a_call_comes_back_as_it_was(plan, options):
     assert all(type(x) is int for x in flat.ints) and all(type(x) is float for x in flat.floats)
     assert all(isinstance(x, torch.Tensor) for x in flat.tensors)
     found = unflatten(*flat)
-    for field in fields(call):
-        assert same(getattr(found, field.name), getattr(call, field.name)), field.name
+    for name in Call._fields:
+        assert same(getattr(found, name), getattr(call, name)), name
