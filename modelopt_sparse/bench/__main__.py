@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from .break_even import advice, break_evens
 from .cases import Case, Setting, smoke_cases, standard_cases
 from .decode_step import small_step_cases, step_cases
 from .inputs import Shape
-from .report import environment, save, table_of
+from .report import break_even_table, environment, said_of, save, save_csv, table_of
 from .run import Row, measure
 from .serving import serving_cases, small_serving_cases
 from .timing import FULL, QUICK, Effort
@@ -62,10 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             of_group += measure(case, setting, effort)
             if options.json is not None:
                 save(options.json, where, [*rows, *of_group])
+            if options.csv is not None:
+                save_csv(options.csv, [*rows, *of_group])
             if setting.device.type == "cuda":
                 torch.cuda.empty_cache()
         console.print(table_of(group, of_group), highlight=False)
         rows += of_group
+    found = break_evens(rows)
+    if found:
+        console.print(break_even_table(found), highlight=False)
+    if any(each.length is not None for each in found):
+        console.print(said_of(advice(found)), highlight=False)
     return int(any(row.failed for row in rows))
 
 
@@ -94,6 +102,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--without", action="append", default=[], metavar="NAME", help="leave these out, likewise"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there as well")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="and there, a line a row")
     parser.add_argument("--smoke", action="store_true", help="small cases on the CPU")
     parser.add_argument("--list", action="store_true", help="name the cases, run none")
     return parser.parse_args(argv)

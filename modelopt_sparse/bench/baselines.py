@@ -42,12 +42,14 @@ class Peer:
         output: computes [T, Hq, D], to be checked; None if its result is defined otherwise than ours.
         note: what the reader should know of how it is run.
         compare: the note that follows from our times and its own.
+        is_rival: it computes what a user would choose in place of ours; else it is a bound, or a part.
     """
 
     run: Run
     output: Callable[[], Tensor] | None = None
     note: str = ""
     compare: Callable[[Times, Times], str] | None = None
+    is_rival: bool = True
 
 
 def sdpa(inputs: Inputs, backend: SDPBackend | None, mode: str = "forward") -> Peer:

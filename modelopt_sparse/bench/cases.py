@@ -79,6 +79,7 @@ class Trial:
         peers: by name, makers of what is timed in turn with ours.
         flops: of the dense call that does the same.
         sparsity: share of tiles skipped, as the kernel counts; set where something is skipped.
+        length: tokens of the one sequence that prefills; None elsewhere, and where heads are of other dims.
     """
 
     error: Callable[[Tensor], float]
@@ -87,6 +88,7 @@ class Trial:
     peers: Mapping[str, Callable[[], Peer]]
     flops: float
     sparsity: float | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _timed_forward(inputs: Inputs, plan: Plan = DENSE) -> Run:
 
 
 def _own_dense(inputs: Inputs) -> Peer:
-    return Peer(_timed_forward(inputs), lambda: _forward(inputs).out)
+    return Peer(_timed_forward(inputs), lambda: _forward(inputs).out, is_rival=False)
 
 
 def _sdpa_peers(
@@ -178,6 +180,7 @@ def skip(length: int, share: float, setting: Setting) -> Trial:
         {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs)},
         inputs.causal_flops(),
         _skipped(output),
+        length,
     )
 
 
@@ -259,7 +262,9 @@ def training(length: int, share: float, setting: Setting) -> Trial:
         partial(step, plan),
         check,
         {
-            OWN_DENSE: lambda: Peer(partial(step, DENSE), lambda: _forward(inputs).out),
+            OWN_DENSE: lambda: Peer(
+                partial(step, DENSE), lambda: _forward(inputs).out, is_rival=False
+            ),
             **_sdpa_peers(inputs, [CUDNN], "both"),
         },
         3.5 * inputs.causal_flops(),
@@ -293,7 +298,8 @@ def _miscounted(inputs: Inputs, output: AttentionOutput) -> str:
 
 
 def _with_dim(dim: int, build: Callable[[Setting], Trial], setting: Setting) -> Trial:
-    return build(replace(setting, shape=replace(setting.shape, head_dim=dim)))
+    trial = build(replace(setting, shape=replace(setting.shape, head_dim=dim)))
+    return replace(trial, length=None)
 
 
 def standard_cases() -> list[Case]:

@@ -138,7 +138,7 @@ def decode_step(length: int, size: Size, setting: Setting) -> Trial:
 
     peers = {
         TRANSFORMERS: lambda: Peer(theirs, theirs),
-        ALONE: lambda: Peer(alone, compare=outside),
+        ALONE: lambda: Peer(alone, compare=outside, is_rival=False),
     }
     return Trial(error, ours, check, peers, step.flops())
 

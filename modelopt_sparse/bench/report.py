@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -16,6 +18,7 @@ from rich.table import Table
 
 from modelopt_sparse.version import __version__
 
+from .break_even import Advice, BreakEven
 from .run import Row
 from .timing import Times
 
@@ -34,7 +37,30 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": triton,
         "cudnn": _cudnn_version() if on_gpu else None,
         "python": platform.python_version(),
+        "clocks": _clocks(device) if on_gpu else None,
+        "commit": _commit(),
     }
+
+
+def _clocks(device: torch.device) -> str:
+    """Clocks that it may reach, and what it may draw: `nvidia-smi`, if that is there."""
+    command = ["nvidia-smi", f"--id={device.index or 0}", "--format=csv,noheader"]
+    return _said([*command, "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit"])
+
+
+def _commit() -> str:
+    """Of the checkout that this package lies in, with a mark where files were changed."""
+    folder = str(Path(__file__).parent)
+    return _said(["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"])
+
+
+def _said(command: list[str]) -> str:
+    """The first line of what a program prints; empty where there is no such program, or it fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return run.stdout.strip().partition("\n")[0]
 
 
 def _cudnn_version() -> int | None:
@@ -44,7 +70,11 @@ def _cudnn_version() -> int | None:
 
 
 def table_of(group: str, rows: Sequence[Row]) -> Table:
-    """The rows of a group."""
+    """The rows of a group; a star marks the fastest of others' kernels in each case."""
+    fastest: dict[str, float] = {}
+    for row in rows:
+        if row.is_rival and row.ratio is not None:
+            fastest[row.case] = min(row.ratio, fastest.get(row.case, row.ratio))
     table = Table(title=group, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("case")
     table.add_column("beside")
@@ -55,7 +85,7 @@ def table_of(group: str, rows: Sequence[Row]) -> Table:
     for row in rows:
         table.add_row(
             row.case,
-            row.peer,
+            f"{row.peer} *" if row.is_rival and row.ratio == fastest.get(row.case) else row.peer,
             _number(row.ratio, ".2f", "x"),
             _times(row.ours),
             _times(row.theirs),
@@ -68,12 +98,53 @@ def table_of(group: str, rows: Sequence[Row]) -> Table:
     return table
 
 
+def break_even_table(found: Sequence[BreakEven]) -> Table:
+    """What `break_evens` found."""
+    table = Table(title="break-even", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("case")
+    table.add_column("fastest dense")
+    headings = "own dense / fastest", "skipped tile / tile", "break-even sparsity"
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for each in found:
+        needed = f"{each.sparsity:.0%}" if each.sparsity <= 1 else "none"
+        numbers = f"{each.dense_share:.2f}", f"{each.tile_cost:.2f}", needed
+        table.add_row(each.case, each.rival, *numbers)
+    return table
+
+
+def said_of(advised: Advice) -> str:
+    """The advice, in words."""
+    if advised.min_context is None:
+        return "At no length here does skipping half of the tiles pay."
+    return (
+        f"Skipping pays from {advised.min_context} tokens on (min_context), where at least "
+        f"{advised.min_sparsity:.0%} of tiles are skipped (min_sparsity)."
+    )
+
+
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
 
 
 def _times(times: Times | None) -> str:
     return "" if times is None else f"{times.median:.3f} ({times.p20:.3f}-{times.p80:.3f})"
+
+
+def save_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a line a row; times in milliseconds."""
+    times = ("median", "p20", "p80", "calls")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        plain = [name for name in Row.__dataclass_fields__ if name not in ("ours", "theirs")]
+        writer.writerow(
+            plain + [f"{whose}_{name}" for whose in ("ours", "theirs") for name in times]
+        )
+        for row in rows:
+            values = [getattr(row, name) for name in plain]
+            for taken in (row.ours, row.theirs):
+                values += [None if taken is None else getattr(taken, name) for name in times]
+            writer.writerow(values)
 
 
 def save(path: Path, where: dict[str, Any], rows: Sequence[Row]) -> None:

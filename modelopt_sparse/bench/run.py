@@ -22,6 +22,7 @@ class Row:
         ratio: their median over ours; above 1 we are faster. None if there is no timing; `note` says why.
         error: relative L2 error of our result. sparsity: share of tiles skipped, as counted.
         teraflops: ours, of the dense call that does the same. seconds: of the whole case.
+        length: as in `Trial`. is_rival: as in `Peer`.
     """
 
     group: str
@@ -36,6 +37,8 @@ class Row:
     note: str = ""
     failed: bool = False
     seconds: float = 0.0
+    length: int | None = None
+    is_rival: bool = False
 
 
 def measure(case: Case, setting: Setting, effort: Effort) -> list[Row]:
@@ -76,6 +79,8 @@ def measure(case: Case, setting: Setting, effort: Effort) -> list[Row]:
                 error=check.error,
                 note=peer.note if peer.compare is None else peer.compare(ours, theirs),
                 seconds=seconds,
+                length=trial.length,
+                is_rival=peer.is_rival,
             )
         )
     return rows

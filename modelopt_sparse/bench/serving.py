@@ -135,7 +135,9 @@ def decode(batch: int, length: int, share: float | None, setting: Setting) -> Tr
     peers: dict[str, Callable[[], Peer]] = {}
     if share is not None:
         peers[OWN_DENSE] = lambda: Peer(
-            partial(inputs.call, DENSE, seqs), lambda: inputs.call(DENSE, seqs).out
+            partial(inputs.call, DENSE, seqs),
+            lambda: inputs.call(DENSE, seqs).out,
+            is_rival=False,
         )
     if setting.device.type == "cuda":
         peers[CUDNN] = partial(_sdpa, inputs, SDPBackend.CUDNN_ATTENTION)
@@ -179,7 +181,7 @@ def paged_prefill(length: int, page_size: int, setting: Setting) -> Trial:
         error,
         run,
         lambda: Check(error(run().out), DENSE_ERROR),
-        {OWN_PACKED: lambda: Peer(packed, lambda: packed().out)},
+        {OWN_PACKED: lambda: Peer(packed, lambda: packed().out, is_rival=False)},
         inputs.causal_flops(),
     )
 
@@ -237,14 +239,14 @@ def _copy(size: int, device: torch.device) -> Peer:
     """Reads half as many bytes, and writes them."""
     source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Peer(partial(target.copy_, source))
+    return Peer(partial(target.copy_, source), is_rival=False)
 
 
 def _matmul(flops: float, setting: Setting) -> Peer:
     """A product of square matrices of random numbers: ones take less power, and so less time."""
     size = max(16, round((flops / 2) ** (1 / 3) / 128) * 128)
     a, b = torch.randn(2, size, size, device=setting.device, dtype=setting.dtype)
-    return Peer(partial(torch.mm, a, b))
+    return Peer(partial(torch.mm, a, b), is_rival=False)
 
 
 def serving_cases() -> list[Case]:

@@ -1,0 +1,137 @@
+"""From which sparsity on skipping is faster than the fastest dense kernel, and what is printed of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+
+import pytest
+import torch
+from rich.console import Console
+
+from modelopt_sparse.bench import report
+from modelopt_sparse.bench.break_even import Advice, advice, break_evens
+from modelopt_sparse.bench.cases import OWN_DENSE
+from modelopt_sparse.bench.run import Row
+from modelopt_sparse.bench.timing import Times
+
+
+def row(peer, milliseconds, ours=1.0, case="skip", is_rival=True, **more):
+    times = [Times(x, 0.9 * x, 1.1 * x, 5) for x in (ours, milliseconds)]
+    more = {"sparsity": 0.5, "length": 4096, **more}
+    return Row(
+        "skip", case, peer, milliseconds / ours, *times, error=0.001, is_rival=is_rival, **more
+    )
+
+
+def rows_of(share, tile_cost, sparsity=0.5, **more):
+    """A case whose dense kernel takes 2 ms, the fastest rival `share` of it, and a slower one."""
+    ours = 2.0 * (1 - sparsity + tile_cost * sparsity)
+    more = {"ours": ours, "sparsity": sparsity, **more}
+    return [
+        row("slow", 2.5, **more),
+        row("fast", 2.0 * share, **more),
+        row(OWN_DENSE, 2.0, is_rival=False, **more),
+        row("a bound", 0.1, is_rival=False, **more),
+    ]
+
+
+@pytest.mark.parametrize("sparsity", [0.4, 0.75, 1.0])
+def test_what_a_skipped_tile_costs_gives_the_break_even(sparsity):
+    (found,) = break_evens(rows_of(0.85, 0.5, sparsity))
+    assert (found.rival, found.length) == ("fast", 4096)
+    assert found.dense_share == pytest.approx(0.85)
+    assert found.tile_cost == pytest.approx(0.5)
+    assert found.sparsity == pytest.approx(0.3)
+
+
+def test_at_the_break_even_both_take_as_long():
+    (found,) = break_evens(rows_of(0.8, 0.4))
+    ours = 2.0 * (1 - found.sparsity + 0.4 * found.sparsity)
+    assert ours == pytest.approx(2.0 * 0.8)
+
+
+def test_a_dense_kernel_that_is_the_fastest_always_pays_and_a_dear_tile_never():
+    assert break_evens(rows_of(1.1, 0.5))[0].sparsity == 0
+    assert break_evens(rows_of(0.9, 1.0))[0].sparsity > 1
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        rows_of(0.85, 0.5, 0.2),
+        [each for each in rows_of(0.85, 0.5) if each.peer != OWN_DENSE],
+        [each for each in rows_of(0.85, 0.5) if not each.is_rival],
+        [Row("skip", "skip", "fast", note="n/a: not installed")],
+    ],
+    ids=["few tiles", "no own dense", "no rival", "no timing"],
+)
+def test_cases_that_say_nothing_are_left_out(rows):
+    assert break_evens(rows) == []
+
+
+def test_advice_begins_where_half_of_the_tiles_are_enough_for_good():
+    rows = []
+    for length, share in ((1024, 0.9), (2048, 0.7), (4096, 0.8), (8192, 0.85)):
+        rows += rows_of(share, 0.5, case=f"skip-{length}", length=length)
+    assert advice(break_evens(rows)) == Advice(4096, pytest.approx(0.4))
+    assert advice(break_evens(rows[4:8])) == Advice(None, None)
+    assert advice(break_evens(rows_of(0.8, 0.5, length=None))) == Advice(None, None)
+
+
+def test_the_best_case_of_a_length_counts():
+    rows = rows_of(0.6, 0.5, case="a") + rows_of(0.9, 0.5, 0.75, case="b")
+    assert advice(break_evens(rows)) == Advice(4096, pytest.approx(0.2))
+
+
+def printed(table):
+    text = io.StringIO()
+    Console(file=text, width=150).print(table)
+    return text.getvalue()
+
+
+def test_what_is_printed():
+    found = break_evens(rows_of(0.85, 0.5) + rows_of(0.9, 1.0, case="dear"))
+    text = printed(report.break_even_table(found))
+    assert "30%" in text and "none" in text and "0.85" in text
+    assert "from 4096 tokens on" in report.said_of(Advice(4096, 0.3)) and "30%" in report.said_of(
+        Advice(4096, 0.3)
+    )
+    assert "At no length" in report.said_of(Advice(None, None))
+
+
+def test_the_fastest_rival_of_a_case_is_marked():
+    lines = printed(report.table_of("skip", rows_of(0.85, 0.5))).splitlines()
+    assert [line.split()[1:3] for line in lines if " * " in line] == [["fast", "*"]]
+
+
+def test_rows_as_csv(tmp_path):
+    failed = Row("skip", "other", "", note="FAILED: why, so", failed=True)
+    report.save_csv(tmp_path / "rows.csv", [row("fast", 3.0), failed])
+    first, second = csv.DictReader((tmp_path / "rows.csv").open(newline=""))
+    assert (first["peer"], first["ratio"], first["theirs_median"]) == ("fast", "3.0", "3.0")
+    assert float(first["ours_p80"]) == pytest.approx(1.1)
+    assert (second["note"], second["ours_median"], second["failed"]) == (
+        "FAILED: why, so",
+        "",
+        "True",
+    )
+
+
+def test_the_environment_names_commit_and_clocks(monkeypatch):
+    def run(command, **options):
+        said = "1980 MHz, 3201 MHz, 700 W\n" if command[0] == "nvidia-smi" else "abc-dirty\n"
+        return subprocess.CompletedProcess(command, 0, said)
+
+    monkeypatch.setattr(report.subprocess, "run", run)
+    where = report.environment(torch.device("cpu"))
+    assert (where["commit"], where["clocks"]) == ("abc-dirty", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert report.environment(torch.device("cuda"))["clocks"] == "1980 MHz, 3201 MHz, 700 W"
+
+    def missing(command, **options):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(report.subprocess, "run", missing)
+    assert report.environment(torch.device("cpu"))["commit"] == ""
