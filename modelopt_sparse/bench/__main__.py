@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .break_even import advice, break_evens
 from .cases import Case, Setting, smoke_cases, standard_cases
 from .decode_step import small_step_cases, step_cases
 from .inputs import Shape
+from .plots import save_plots
 from .report import break_even_table, environment, said_of, save, save_csv, table_of
 from .run import Row, measure
 from .serving import serving_cases, small_serving_cases
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not cases:
         print("No case has such a name; --list alone shows them all.", file=sys.stderr)
+        return 2
+    if options.plots is not None and find_spec("matplotlib") is None:
+        print("--plots needs matplotlib: pip install 'modelopt-sparse[bench]'", file=sys.stderr)
         return 2
     if options.smoke:
         setting = Setting(torch.device("cpu"), torch.float32, Shape(2, 1, 32))
@@ -69,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.cuda.empty_cache()
         console.print(table_of(group, of_group), highlight=False)
         rows += of_group
+    if options.plots is not None:
+        for path in save_plots(options.plots, rows):
+            print(f"wrote {path}")
     found = break_evens(rows)
     if found:
         console.print(break_even_table(found), highlight=False)
@@ -103,6 +111,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there as well")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="and there, a line a row")
+    parser.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="draw into that folder; needs matplotlib"
+    )
     parser.add_argument("--smoke", action="store_true", help="small cases on the CPU")
     parser.add_argument("--list", action="store_true", help="name the cases, run none")
     return parser.parse_args(argv)

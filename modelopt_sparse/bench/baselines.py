@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import chain
 from typing import Any
@@ -28,6 +29,9 @@ MODELOPT = ("modelopt.torch.kernels.common.attention", "modelopt.torch.kernels")
 """Where its releases keep the kernel, the newest first."""
 WORKSPACE_BYTES = 2**28
 """What FlashInfer's planning is given: twice what it asks for."""
+
+COPY, PRODUCT = "copy of as many bytes", "product of as many operations"
+"""What takes no less time than a kernel that reads as many bytes, or multiplies as much: its roofline."""
 
 
 class Unavailable(Exception):
@@ -50,6 +54,20 @@ class Peer:
     note: str = ""
     compare: Callable[[Times, Times], str] | None = None
     is_rival: bool = True
+
+
+def copy_of(size: int, device: torch.device) -> Peer:
+    """Reads half as many bytes, and writes them."""
+    source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Peer(partial(target.copy_, source), is_rival=False)
+
+
+def product_of(flops: float, device: torch.device, dtype: torch.dtype) -> Peer:
+    """A product of square matrices of random numbers: ones take less power, and so less time."""
+    size = max(16, round((flops / 2) ** (1 / 3) / 128) * 128)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return Peer(partial(torch.mm, a, b), is_rival=False)
 
 
 def sdpa(inputs: Inputs, backend: SDPBackend | None, mode: str = "forward") -> Peer:

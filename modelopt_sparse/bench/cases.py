@@ -20,7 +20,7 @@ from modelopt_sparse.kernels import (
 )
 
 from . import baselines
-from .baselines import Peer
+from .baselines import PRODUCT, Peer
 from .checks import (
     DENSE_ERROR,
     GRADIENT_ERROR,
@@ -137,12 +137,14 @@ def dense(lengths: Sequence[int], setting: Setting) -> Trial:
     peers = _sdpa_peers(inputs, [CUDNN] if ragged else [CUDNN, FLASH])
     if ragged and setting.device.type == "cuda":
         peers[FLASH] = partial(baselines.flash_varlen, inputs)
+    flops = inputs.causal_flops()
+    peers[PRODUCT] = partial(baselines.product_of, flops, setting.device, setting.dtype)
     return Trial(
         partial(forward_error, inputs),
         _timed_forward(inputs),
         lambda: Check(forward_error(inputs, _forward(inputs).out), DENSE_ERROR),
         peers,
-        inputs.causal_flops(),
+        flops,
     )
 
 

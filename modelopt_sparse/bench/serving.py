@@ -24,7 +24,7 @@ from modelopt_sparse.kernels import (
     attention_varlen,
 )
 
-from .baselines import Peer, Unavailable, flashinfer_latent
+from .baselines import COPY, PRODUCT, Peer, Unavailable, copy_of, flashinfer_latent, product_of
 from .cases import CUDNN, FLASH, OWN_DENSE, SDPA, SKIPS_NOTHING, Case, Check, Setting, Trial
 from .checks import DENSE_ERROR, forward_error, relative_error
 from .inputs import LATENT, LOG2_E, QUERY_NOISE, ROTARY, SINK, THRESHOLD, TOPIC, plain
@@ -32,8 +32,7 @@ from .inputs import LATENT, LOG2_E, QUERY_NOISE, ROTARY, SINK, THRESHOLD, TOPIC,
 DECODE_KEYS = 64
 """Keys of a decision tile in decode: the default of `SkipSoftmaxDecode`."""
 DIAL_ERROR = 0.03
-COPY, MATMUL, OWN_PACKED = "copy of as many bytes", "product of as many operations", "own packed"
-FLASHINFER = "FlashInfer"
+OWN_PACKED, FLASHINFER = "own packed", "FlashInfer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +141,7 @@ def decode(batch: int, length: int, share: float | None, setting: Setting) -> Tr
     if setting.device.type == "cuda":
         peers[CUDNN] = partial(_sdpa, inputs, SDPBackend.CUDNN_ATTENTION)
         peers[FLASH] = partial(_sdpa, inputs, SDPBackend.FLASH_ATTENTION)
-        peers[COPY] = partial(_copy, inputs.bytes(), setting.device)
+        peers[COPY] = partial(copy_of, inputs.bytes(), setting.device)
     else:
         peers[SDPA] = partial(_sdpa, inputs, None)
     return Trial(
@@ -209,8 +208,8 @@ def latent(batch: int, length: int, heads: int, page_size: int, setting: Setting
     flops = 2.0 * batch * heads * length * (2 * LATENT + ROTARY)
     bytes_read = batch * length * (LATENT + ROTARY) * latents.element_size()
     peers = {
-        COPY: partial(_copy, bytes_read, setting.device),
-        MATMUL: partial(_matmul, flops, setting),
+        COPY: partial(copy_of, bytes_read, setting.device),
+        PRODUCT: partial(product_of, flops, setting.device, setting.dtype),
     }
     if setting.device.type == "cuda":
         peers[FLASHINFER] = partial(flashinfer_latent, q, latents, table, length, scale)
@@ -233,20 +232,6 @@ def _sdpa(inputs: Caches, backend: SDPBackend | None) -> Peer:
     except RuntimeError as error:
         raise Unavailable(str(error).strip().splitlines()[0]) from error
     return Peer(run, lambda: run()[:, :, 0])
-
-
-def _copy(size: int, device: torch.device) -> Peer:
-    """Reads half as many bytes, and writes them."""
-    source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return Peer(partial(target.copy_, source), is_rival=False)
-
-
-def _matmul(flops: float, setting: Setting) -> Peer:
-    """A product of square matrices of random numbers: ones take less power, and so less time."""
-    size = max(16, round((flops / 2) ** (1 / 3) / 128) * 128)
-    a, b = torch.randn(2, size, size, device=setting.device, dtype=setting.dtype)
-    return Peer(partial(torch.mm, a, b), is_rival=False)
 
 
 def serving_cases() -> list[Case]:

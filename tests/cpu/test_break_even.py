@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
+from modelopt_sparse.bench import __main__ as bench_main
 from modelopt_sparse.bench import report
+from modelopt_sparse.bench.baselines import COPY, PRODUCT
 from modelopt_sparse.bench.break_even import Advice, advice, break_evens
 from modelopt_sparse.bench.cases import OWN_DENSE
+from modelopt_sparse.bench.plots import fastest_rivals, roofline_shares, save_plots
 from modelopt_sparse.bench.run import Row
 from modelopt_sparse.bench.timing import Times
 
@@ -117,6 +121,32 @@ def test_rows_as_csv(tmp_path):
         "",
         "True",
     )
+
+
+def test_plots_are_drawn_of_what_there_is(tmp_path):
+    skipping = rows_of(0.85, 0.5)
+    bound = [row(PRODUCT, 0.7, case="dense", is_rival=False, sparsity=None)]
+    bound.append(row(COPY, 0.4, case="dense", is_rival=False, sparsity=None))
+    assert save_plots(tmp_path / "none", []) == []
+    assert [p.name for p in save_plots(tmp_path / "a", skipping)] == ["speedup.png"]
+    paths = save_plots(tmp_path / "b" / "c", skipping + bound)
+    assert [p.name for p in paths] == ["speedup.png", "roofline.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+
+
+def test_the_bound_that_binds_counts_and_the_fastest_rival():
+    bound = [row(PRODUCT, 0.7, case="a"), row(COPY, 0.4, case="a"), row(COPY, 0.2, case="b")]
+    bound.append(row(COPY, 0.9, case="c"))
+    bound = [replace(each, is_rival=False, sparsity=None) for each in bound[:3]] + bound[3:]
+    assert roofline_shares(bound) == {"a": 0.7, "b": 0.2}
+    (fastest,) = fastest_rivals(rows_of(0.85, 0.5))
+    assert fastest.peer == "fast"
+
+
+def test_plots_without_matplotlib_are_refused_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(bench_main, "find_spec", lambda name: None)
+    assert bench_main.main(["--smoke", "--plots", "folder"]) == 2
+    assert "modelopt-sparse[bench]" in capsys.readouterr().err
 
 
 def test_the_environment_names_commit_and_clocks(monkeypatch):
