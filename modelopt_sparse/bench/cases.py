@@ -166,7 +166,24 @@ def overhead(length: int, setting: Setting) -> Trial:
 
 def skip(length: int, share: float, setting: Setting) -> Trial:
     """Forward with a dialled share of tiles skipped."""
-    inputs = dialled(length, share, setting.shape, setting.device, setting.dtype)
+    return _skip(dialled(length, share, setting.shape, setting.device, setting.dtype), setting)
+
+
+def skip_unevenly(length: int, least: float, most: float, setting: Setting) -> Trial:
+    """The same, where every other KV head skips few tiles, and the others many."""
+    shares = [least, most] * setting.shape.kv_heads
+    shares = shares[: setting.shape.kv_heads]
+    return _skip(dialled(length, shares, setting.shape, setting.device, setting.dtype), setting)
+
+
+def skip_with_hot_rows(length: int, share: float, setting: Setting) -> Trial:
+    """The same, but that one row of each row tile needs all keys: nothing can be skipped."""
+    inputs = dialled(length, share, setting.shape, setting.device, setting.dtype, has_hot_rows=True)
+    return _skip(inputs, setting)
+
+
+def _skip(inputs: Inputs, setting: Setting) -> Trial:
+    (length,) = inputs.lengths
     plan = Plan(skip=SkipSoftmax(THRESHOLD))
     output = _forward(inputs, plan, details=True)
 
@@ -316,6 +333,10 @@ def standard_cases() -> list[Case]:
         for share in (50, 75, 90)
     ]
     cases += [
+        Case("skip", "skip10-90-16k", partial(skip_unevenly, 16 * k, 0.1, 0.9)),
+        Case("skip", "skip-hot-rows-16k", partial(skip_with_hot_rows, 16 * k, 0.9)),
+    ]
+    cases += [
         Case("tiles", f"tiles{share}-16k", partial(tile_list, 16 * k, share / 100))
         for share in (50, 90)
     ]
@@ -349,6 +370,8 @@ def smoke_cases() -> list[Case]:
         Case("dense", "dense-200", partial(dense, [200])),
         Case("overhead", "skip0-200", partial(overhead, 200)),
         Case("skip", "skip50-1k", partial(skip, 1024, 0.5)),
+        Case("skip", "skip10-60-1k", partial(skip_unevenly, 1024, 0.1, 0.6)),
+        Case("skip", "skip-hot-rows-1k", partial(skip_with_hot_rows, 1024, 0.5)),
         Case("tiles", "tiles50-1k", partial(tile_list, 1024, 0.5)),
         Case("nm", "nm2:4-200", partial(n_of_m, 200, 2, 4)),
         Case("backward", "backward-200", partial(backward, 200)),

@@ -96,11 +96,12 @@ def plain(
 
 def dialled(
     length: int,
-    share: float,
+    share: float | Sequence[float],
     shape: Shape,
     device: torch.device,
     dtype: torch.dtype,
     seed: int = 0,
+    has_hot_rows: bool = False,
 ) -> Inputs:
     """One sequence of which `share` of the visible tiles can be skipped at lambda = `THRESHOLD`.
 
@@ -109,16 +110,21 @@ def dialled(
     many tiles stay cold as the dial says; query heads that share a KV head differ in their noise. The tiles
     on the diagonal and at the start are always kept.
 
+    Args:
+        share: of all heads, or of each KV head.
+        has_hot_rows: the first row of each row tile asks for all topics, so that no tile can be skipped,
+            though 63 rows of 64 need few.
     Raises:
         ArgumentError: the tiles that are always kept are too many for this share.
     """
     heads, dim = shape.kv_heads, shape.head_dim
+    shares = list(share) if isinstance(share, Sequence) else [share] * heads
     segments = -(-length // KEYS)
     topics = min(64, dim // 2)
     generator = torch.Generator(device).manual_seed(seed)
 
     topic_of = torch.rand(heads, segments, generator=generator, device=device).argsort(-1) % topics
-    asked = _asked_topics(length, share, topic_of, topics, generator)  # [Hk, segments, topics]
+    asked = _asked_topics(length, shares, topic_of, topics, generator)  # [Hk, segments, topics]
 
     # Orthonormal directions: topics, the sink, and what is left over for noise.
     basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator, device=device)).Q
@@ -145,6 +151,9 @@ def dialled(
         k[:, head] = keys + noise(length)
         asks = TOPIC * asked[head].float() @ directions[head] + SINK * sink[head]  # [segments, D]
         queries = (per_direction * asks)[position, None]
+        if has_hot_rows:
+            hot = TOPIC * directions[head].sum(0) + SINK * sink[head, 0]
+            queries[::ROWS] = per_direction * hot
         q[:, head] = queries + QUERY_NOISE * noise(length, q.shape[2])
         v[:, head] = values[head, topic] + torch.randn(
             length, dim, generator=generator, device=device
@@ -152,9 +161,10 @@ def dialled(
 
     index = torch.arange(segments, device=device)
     kept = asked.gather(-1, topic_of[:, None].expand(-1, segments, -1))  # [Hk, segments, segments]
-    kept |= (index == 0) | (index == index[:, None])
+    kept |= (index == 0) | (index == index[:, None]) | has_hot_rows
     kept &= index <= index[:, None]
-    return Inputs(q.flatten(1, 2), k, v, (length,), share, kept)
+    mean = 0.0 if has_hot_rows else sum(shares) / heads
+    return Inputs(q.flatten(1, 2), k, v, (length,), mean, kept)
 
 
 def greatest_share(length: int) -> float:
@@ -172,21 +182,26 @@ def _row_tiles_and_free(length: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 def _asked_topics(
-    length: int, share: float, topic_of: Tensor, topics: int, generator: torch.Generator
+    length: int, shares: list[float], topic_of: Tensor, topics: int, generator: torch.Generator
 ) -> Tensor:
     """Which topics the queries of each segment ask for: bool [Hk, segments, topics].
 
     Topics are taken in random order until as many earlier segments are about one of them as should be hot.
     """
     most = greatest_share(length)
-    if not 0 <= share <= most:
-        takes = f"0 to {most:.3f} at {length} tokens"
-        raise ArgumentError(describe("share", share, takes, "Give a longer sequence."))
+    if len(shares) != len(topic_of):
+        takes = f"one number, or one for each of the {len(topic_of)} KV heads"
+        raise ArgumentError(describe("share", shares, takes))
+    for share in shares:
+        if not 0 <= share <= most:
+            takes = f"0 to {most:.3f} at {length} tokens"
+            raise ArgumentError(describe("share", share, takes, "Give a longer sequence."))
     _, free = _row_tiles_and_free(length, topic_of.device)
-    hot_share = 1 - share / most if most else 0.0
+    cold_shares = torch.tensor(shares, dtype=torch.float64, device=topic_of.device)[:, None]
+    hot_share = 1 - cold_shares / most if most else 0 * cold_shares
 
     # Rounded so that the sum over segments is right; each head rounds elsewhere.
-    sums = (hot_share * free.double()).cumsum(0)
+    sums = (hot_share * free.double()).cumsum(-1)
     phase = torch.rand(len(topic_of), 1, generator=generator, device=topic_of.device)
     wanted = torch.diff((sums + phase).floor(), prepend=torch.zeros_like(phase), dim=-1)
 

@@ -81,6 +81,31 @@ def test_the_dial_is_exact_on_long_sequences_for_every_head(length, share):
     assert (skipped - share).abs().max() < 0.01, skipped
 
 
+def test_heads_may_skip_unevenly():
+    inputs = dialled(2048, [0.1, 0.7], Shape(4, 2, 64), CPU, torch.float32)
+    plan = Plan(skip=SkipSoftmax(THRESHOLD))
+    output = attention_reference(inputs.q, inputs.k, inputs.v, inputs.seqs, plan=plan)
+    counted = output.prefill.skipped[0].double() / output.prefill.visible
+    torch.testing.assert_close(
+        counted.float(), torch.tensor([0.1, 0.1, 0.7, 0.7]), atol=0.03, rtol=0
+    )
+    assert inputs.share == pytest.approx(0.4)
+    with pytest.raises(ArgumentError, match="one for each of the 2 KV heads"):
+        dialled(2048, [0.1], Shape(4, 2, 64), CPU, torch.float32)
+
+
+def test_one_hot_row_keeps_a_tile_that_the_others_do_not_need():
+    shape = Shape(2, 1, 64)
+    inputs = dialled(2048, 0.7, shape, CPU, torch.float32, has_hot_rows=True)
+    plan = Plan(skip=SkipSoftmax(THRESHOLD))
+    tensors = inputs.q, inputs.k, inputs.v, inputs.seqs
+    assert not attention_reference(*tensors, plan=plan).prefill.skipped.any()
+    alone = Plan(skip=SkipSoftmax(THRESHOLD, block_rows=16))
+    counted = attention_reference(*tensors, plan=alone).prefill
+    assert counted.skipped[0].sum() / counted.visible.sum() > 0.4
+    assert inputs.share == 0
+
+
 def test_heads_differ_in_what_is_cold():
     kept = dialled(4096, 0.5, Shape(2, 2, 32), CPU, torch.bfloat16).kept
     assert not torch.equal(kept[0], kept[1])
