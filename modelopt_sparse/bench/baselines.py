@@ -133,6 +133,31 @@ def _sdpa(inputs: Inputs, backend: SDPBackend | None, mode: str, native: bool) -
     return Peer(lambda: backward(forward()), output, note)
 
 
+def flex(inputs: Inputs) -> Peer:
+    """PyTorch's FlexAttention with a causal block mask, compiled for this length. One sequence."""
+    (length,) = inputs.lengths
+    q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (inputs.q, inputs.k, inputs.v))
+
+    def is_seen(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return row >= key
+
+    try:
+        # It ships no types for what it returns.
+        module: Any = import_module("torch.nn.attention.flex_attention")
+        mask = module.create_block_mask(is_seen, None, None, length, length, device=q.device)
+        function = torch.compile(module.flex_attention, dynamic=False)
+        call = partial(function, q, k, v, block_mask=mask, enable_gqa=inputs.group > 1)
+        call()
+    except Exception as error:  # its compiler's errors are many
+        raise Unavailable(f"FlexAttention: {type(error).__name__}: {error}") from error
+
+    def output() -> Tensor:
+        out: Tensor = call()
+        return out[0].transpose(0, 1)
+
+    return Peer(call, output)
+
+
 def flash_varlen(inputs: Inputs) -> Peer:
     """FlashAttention-2 over packed sequences, as PyTorch carries it."""
     try:

@@ -42,7 +42,7 @@ RAGGED = (
 """16 sequences, 64k tokens."""
 
 OWN_DENSE, CUDNN, FLASH, SDPA = "own dense", "cuDNN", "FlashAttention-2", "SDPA"
-MODELOPT = "Model-Optimizer"
+MODELOPT, FLEX = "Model-Optimizer", "FlexAttention"
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,15 @@ def _sdpa_peers(
     return {name: partial(baselines.sdpa, inputs, backends[name], mode) for name in names}
 
 
-def dense(lengths: Sequence[int], setting: Setting) -> Trial:
-    """Dense forward."""
+def dense(lengths: Sequence[int], setting: Setting, beside_flex: bool = False) -> Trial:
+    """Dense forward. FlexAttention, which compiles for each length, stands beside it if asked to."""
     inputs = plain(lengths, setting.shape, setting.device, setting.dtype)
     ragged = len(lengths) > 1
     peers = _sdpa_peers(inputs, [CUDNN] if ragged else [CUDNN, FLASH])
     if ragged and setting.device.type == "cuda":
         peers[FLASH] = partial(baselines.flash_varlen, inputs)
+    if beside_flex and setting.device.type == "cuda":
+        peers[FLEX] = partial(baselines.flex, inputs)
     flops = inputs.causal_flops()
     peers[PRODUCT] = partial(baselines.product_of, flops, setting.device, setting.dtype)
     return Trial(
@@ -324,7 +326,10 @@ def _with_dim(dim: int, build: Callable[[Setting], Trial], setting: Setting) -> 
 def standard_cases() -> list[Case]:
     """The table: bf16, 32 query heads, 8 KV heads, head_dim 128, causal, unless its name says otherwise."""
     k = 1024
-    cases = [Case("dense", f"dense-{_tokens(n)}", partial(dense, [n])) for n in (4 * k, 16 * k)]
+    cases = [
+        Case("dense", f"dense-{_tokens(n)}", partial(dense, [n], beside_flex=True))
+        for n in (4 * k, 16 * k)
+    ]
     cases += [
         Case("overhead", f"skip0-{_tokens(n)}", partial(overhead, n)) for n in (4 * k, 16 * k)
     ]

@@ -376,6 +376,19 @@ def test_packed_flash_attention_is_called_as_its_version_takes_it(monkeypatch, f
         assert seen["is_causal"] and seen["k"].shape[1] == 4 and peer.note == "KV heads repeated"
 
 
+def test_flex_attention_is_causal_and_shares_heads(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    inputs = plain([150], Shape(4, 2, 16), CPU, torch.float32)
+    assert forward_error(inputs, baselines.flex(inputs).output()) < 1e-5
+
+    def fails(function, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(baselines.Unavailable, match="FlexAttention: RuntimeError: no compiler"):
+        baselines.flex(inputs)
+
+
 def fake_module(monkeypatch, attention):
     module = type(sys)("kernels")
     module.attention = attention
