@@ -151,3 +151,21 @@ def save(path: Path, where: dict[str, Any], rows: Sequence[Row]) -> None:
     """Writes ``{"environment": ..., "rows": [...]}``; times in milliseconds."""
     data = {"environment": where, "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """What `save` wrote.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: the file isn't there, or is none of `save`'s.
+    """
+    data = json.loads(path.read_text())
+
+    def times(values: dict[str, Any] | None) -> Times | None:
+        return None if values is None else Times(**values)
+
+    rows = [
+        Row(**{**row, "ours": times(row["ours"]), "theirs": times(row["theirs"])})
+        for row in data["rows"]
+    ]
+    return data["environment"], rows

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from modelopt_sparse.bench import __main__ as bench_main
-from modelopt_sparse.bench import report
+from modelopt_sparse.bench import report, tables
 from modelopt_sparse.bench.baselines import COPY, PRODUCT
 from modelopt_sparse.bench.break_even import Advice, advice, break_evens
 from modelopt_sparse.bench.cases import OWN_DENSE
@@ -147,6 +147,33 @@ def test_plots_without_matplotlib_are_refused_before_anything_is_measured(monkey
     monkeypatch.setattr(bench_main, "find_spec", lambda name: None)
     assert bench_main.main(["--smoke", "--plots", "folder"]) == 2
     assert "modelopt-sparse[bench]" in capsys.readouterr().err
+
+
+def test_saved_rows_become_tables(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    missing = Row("dense", "dense", "absent", note="n/a: a | b", error=0.002)
+    saved = [*rows_of(0.85, 0.5)[:2], missing]
+    report.save(path, {"device": "a GPU", "clocks": None}, saved)
+    assert report.load(path) == ({"device": "a GPU", "clocks": None}, saved)
+    assert tables.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("device a GPU\n\n| skip | beside |")
+    assert "| skip | fast | 1.13 | 50.0% | 0.0010 |" in text
+    assert "| dense | absent | n/a: a / b |  | 0.0020 |" in text
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": [{}]}', '{"rows": [{"ours": 1}]}'])
+def test_files_without_rows_are_refused(tmp_path, capsys, content):
+    path = tmp_path / "rows.json"
+    if content is not None:
+        path.write_text(content)
+    assert tables.main([str(path)]) == 2
+    assert "rows.json" in capsys.readouterr().err
+
+
+def test_tables_want_one_file(capsys):
+    assert tables.main([]) == 2
+    assert "usage" in capsys.readouterr().err
 
 
 def test_the_environment_names_commit_and_clocks(monkeypatch):
