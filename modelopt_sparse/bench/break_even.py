@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import takewhile
 
 from .cases import OWN_DENSE
-from .run import Row
+from .run import Row, fastest_rivals
 
 LEAST_SPARSITY = 0.3
 """Sparsity from which the cost of a skipped tile can be told from noise."""
@@ -50,22 +50,16 @@ class Advice:
 
 def break_evens(rows: Sequence[Row]) -> list[BreakEven]:
     """Of all cases that skip enough tiles and stand beside our own dense kernel and a rival."""
+    own_dense = {row.case: row.ratio for row in rows if row.peer == OWN_DENSE}
     found = []
-    for name, members in groupby(rows, key=lambda row: row.case):
-        of_case = [row for row in members if row.ratio is not None]
-        own = next((row.ratio for row in of_case if row.peer == OWN_DENSE), None)
-        rivals = {row.peer: row.ratio for row in of_case if row.is_rival and row.ratio is not None}
-        if own is None or not rivals:
+    for case, rival in fastest_rivals(rows).items():
+        own, skipped = own_dense.get(case), rival.sparsity or 0.0
+        if own is None or rival.ratio is None or skipped < LEAST_SPARSITY:
             continue
-        skipped = of_case[0].sparsity or 0.0
-        if skipped < LEAST_SPARSITY:
-            continue
-        rival = min(rivals, key=rivals.__getitem__)
-        dense_share = rivals[rival] / own
+        dense_share = rival.ratio / own
         tile_cost = (1 / own - (1 - skipped)) / skipped
-        saved = max(1 - tile_cost, 1e-9)
-        needed = max(0.0, (1 - dense_share) / saved)
-        found.append(BreakEven(name, of_case[0].length, rival, dense_share, tile_cost, needed))
+        needed = max(0.0, (1 - dense_share) / max(1 - tile_cost, 1e-9))
+        found.append(BreakEven(case, rival.length, rival.peer, dense_share, tile_cost, needed))
     return found
 
 
@@ -75,10 +69,8 @@ def advice(found: Sequence[BreakEven]) -> Advice:
     for each in found:
         if each.length is not None:
             needed[each.length] = min(each.sparsity, needed.get(each.length, each.sparsity))
-    lengths = sorted(needed)
-    while lengths and needed[lengths[0]] > USUAL_SPARSITY:
-        lengths.pop(0)
-    enough = [n for n in lengths if all(needed[m] <= USUAL_SPARSITY for m in lengths if m >= n)]
+    longest_first = sorted(needed, reverse=True)
+    enough = list(takewhile(lambda length: needed[length] <= USUAL_SPARSITY, longest_first))
     if not enough:
         return Advice(None, None)
-    return Advice(enough[0], max(needed[n] for n in lengths if n >= enough[0]))
+    return Advice(enough[-1], max(needed[length] for length in enough))

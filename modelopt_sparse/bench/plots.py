@@ -9,7 +9,7 @@ from typing import Any
 
 from .baselines import COPY, PRODUCT
 from .break_even import break_evens
-from .run import Row
+from .run import Row, fastest_rivals
 
 
 def save_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
@@ -31,16 +31,6 @@ def save_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
     return written
 
 
-def fastest_rivals(rows: Sequence[Row]) -> list[Row]:
-    """Of each case the row of the fastest of others' kernels."""
-    found = []
-    for _, members in groupby(rows, key=lambda row: row.case):
-        rivals = [(row.ratio, row) for row in members if row.is_rival and row.ratio is not None]
-        if rivals:
-            found.append(min(rivals, key=lambda pair: pair[0])[1])
-    return found
-
-
 def roofline_shares(rows: Sequence[Row]) -> dict[str, float]:
     """Of each case that stands beside a bound, the share of the one that binds."""
     shares: dict[str, float] = {}
@@ -52,7 +42,7 @@ def roofline_shares(rows: Sequence[Row]) -> dict[str, float]:
 
 def _draw_speedup(axes: Any, rows: Sequence[Row]) -> bool:
     """Each group's cases that skip, the most that saving the second product gives, and break-even points."""
-    skipping = [row for row in fastest_rivals(rows) if row.sparsity]
+    skipping = [row for row in fastest_rivals(rows).values() if row.sparsity]
     if not skipping:
         return False
     limit = [i / 50 for i in range(50)]

@@ -19,7 +19,7 @@ from rich.table import Table
 from modelopt_sparse.version import __version__
 
 from .break_even import Advice, BreakEven
-from .run import Row
+from .run import Row, fastest_rivals
 from .timing import Times
 
 
@@ -44,7 +44,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _clocks(device: torch.device) -> str:
     """Clocks that it may reach, and what it may draw: `nvidia-smi`, if that is there."""
-    command = ["nvidia-smi", f"--id={device.index or 0}", "--format=csv,noheader"]
+    # Not by its number: nvidia-smi counts GPUs that are hidden from this process too.
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader"]
     return _said([*command, "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit"])
 
 
@@ -71,10 +73,7 @@ def _cudnn_version() -> int | None:
 
 def table_of(group: str, rows: Sequence[Row]) -> Table:
     """The rows of a group; a star marks the fastest of others' kernels in each case."""
-    fastest: dict[str, float] = {}
-    for row in rows:
-        if row.is_rival and row.ratio is not None:
-            fastest[row.case] = min(row.ratio, fastest.get(row.case, row.ratio))
+    fastest = fastest_rivals(rows).values()
     table = Table(title=group, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("case")
     table.add_column("beside")
@@ -85,7 +84,7 @@ def table_of(group: str, rows: Sequence[Row]) -> Table:
     for row in rows:
         table.add_row(
             row.case,
-            f"{row.peer} *" if row.is_rival and row.ratio == fastest.get(row.case) else row.peer,
+            f"{row.peer} *" if any(row is each for each in fastest) else row.peer,
             _number(row.ratio, ".2f", "x"),
             _times(row.ours),
             _times(row.theirs),

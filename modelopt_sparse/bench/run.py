@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from .baselines import Peer, Unavailable
 from .cases import OWN_DENSE, Case, Setting, Trial
@@ -86,6 +89,16 @@ def measure(case: Case, setting: Setting, effort: Effort) -> list[Row]:
     return rows
 
 
+def fastest_rivals(rows: Sequence[Row]) -> dict[str, Row]:
+    """Of each case the row of the fastest of others' kernels."""
+    found: dict[str, Row] = {}
+    least: dict[str, float] = {}
+    for row in rows:
+        if row.is_rival and row.ratio is not None and row.ratio < least.get(row.case, math.inf):
+            least[row.case], found[row.case] = row.ratio, row
+    return found
+
+
 def _failure(
     case: Case, why: str, error: float | None = None, sparsity: float | None = None
 ) -> Row:
@@ -108,6 +121,9 @@ def _peers(trial: Trial) -> Iterator[tuple[str, Peer | str]]:
             peer = make()
         except Unavailable as error:
             yield name, str(error)
+            continue
+        except torch.OutOfMemoryError:
+            yield name, "the device has not the memory for it"
             continue
         if peer.output is not None:
             off = trial.error(peer.output())

@@ -308,9 +308,13 @@ def test_a_peer_that_is_missing_or_wrong_is_named_and_the_others_timed(monkeypat
         def missing():
             raise baselines.Unavailable("not installed")
 
+        def too_large():
+            raise torch.OutOfMemoryError("a traceback of allocations")
+
         right = baselines.sdpa(inputs, None, mode)
         return {
             "missing": missing,
+            "too large": too_large,
             "wrong": lambda: baselines.Peer(right.run, lambda: right.output() * 1.1),
             "right": lambda: right,
         }
@@ -318,6 +322,7 @@ def test_a_peer_that_is_missing_or_wrong_is_named_and_the_others_timed(monkeypat
     monkeypatch.setattr(bench_cases, "_sdpa_peers", peers)
     rows = {row.peer: row for row in measure(case_named("dense-200"), SMALL, BRIEF)}
     assert rows["missing"].note == "n/a: not installed"
+    assert rows["too large"].note == "n/a: the device has not the memory for it"
     assert rows["wrong"].note == "n/a: its result is off by 0.100"
     assert rows["missing"].ratio is rows["wrong"].ratio is None
     assert rows["right"].ratio > 0
