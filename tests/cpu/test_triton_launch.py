@@ -6,8 +6,12 @@ from importlib.util import find_spec
 from itertools import product
 
 import pytest
+import torch
+from triton.runtime.errors import OutOfResources
 
-from modelopt_sparse.kernels.check import TILE_SIZES
+from modelopt_sparse.errors import UnsupportedCall
+from modelopt_sparse.kernels import Plan, Seqs
+from modelopt_sparse.kernels.check import TILE_SIZES, Call
 from modelopt_sparse.kernels.launch import (
     Launch,
     backward_launch,
@@ -17,6 +21,7 @@ from modelopt_sparse.kernels.launch import (
     split_dim,
     thriftier,
 )
+from modelopt_sparse.kernels.launching import launching
 
 DIMS = (16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 PAIRS = [*((dim, dim) for dim in DIMS), (192, 128), (128, 192), (64, 256), (256, 16), (16, 256)]
@@ -136,3 +141,16 @@ def test_thriftier_launches_need_less_and_less_down_to_the_decision_tile():
         (64, 64, 1, True),
         (32, 64, 1, True),
     ]
+
+
+@pytest.mark.parametrize("error", [OutOfResources(300, 200, "shared memory"), KeyError("other")])
+def test_what_a_gpu_is_too_small_for_is_said_and_no_other_error_is_touched(error):
+    q = torch.zeros(3, 2, 16)
+    call = Call(q, q, q, Seqs.from_lengths([3]), Plan())
+    is_too_small = isinstance(error, OutOfResources)
+    with pytest.raises(UnsupportedCall if is_too_small else KeyError) as raised, launching(call):
+        raise error
+    if is_too_small:
+        assert "head dims 16 and 16 in torch.float32" in str(raised.value)
+        assert "attention_reference" in str(raised.value)
+        assert raised.value.__cause__ is error
