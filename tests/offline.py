@@ -31,6 +31,7 @@ from modelopt_sparse.kernels import (
     backward,
     boxes,
     decode,
+    hopper_prefill,
     ops,
     prefill,
 )
@@ -246,7 +247,8 @@ def compile_only(gpu: GPU) -> None:
         module.shared_memory = lambda device: gpu.capacity
     backward.processors = lambda device: gpu.processors
     boxes._has_copy_engine = lambda device: gpu.has_copy_engine
-    latents._is_hopper = lambda device: gpu.arch == 90
+    for module in (latents, hopper_prefill):
+        module.is_hopper = lambda device: gpu.arch == 90
 
 
 def chain(error: BaseException | None) -> Iterator[str]:

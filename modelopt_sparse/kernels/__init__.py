@@ -10,6 +10,7 @@ from .api import (
     attention_triton,
     attention_varlen,
 )
+from .choices import KernelChoice, explain
 from .merge import merge_states
 from .pages import PagedKV
 from .types import (
@@ -46,6 +47,7 @@ __all__ = [
     "IS_AVAILABLE",
     "AttentionOptions",
     "AttentionOutput",
+    "KernelChoice",
     "NMSparsity",
     "PagedKV",
     "Phase",
@@ -61,6 +63,7 @@ __all__ = [
     "attention_reference",
     "attention_triton",
     "attention_varlen",
+    "explain",
     "merge_states",
     "register_triton_attention",
 ]

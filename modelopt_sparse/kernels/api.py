@@ -117,7 +117,7 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, seqs: Seqs, **options: Unpack[AttentionOptions]
 ) -> AttentionOutput:
     """`attention_varlen` by the torch reference, on any device. Arguments and errors are the same."""
-    return run_reference(_checked(q, k, v, seqs, options))
+    return run_reference(packed_call(q, k, v, seqs, options))
 
 
 def attention_triton(
@@ -128,7 +128,7 @@ def attention_triton(
     Raises:
         UnsupportedCall: there is no Triton, or it can't run on this device; else as `attention_varlen`.
     """
-    return run_triton(_checked(q, k, v, seqs, options))
+    return run_triton(packed_call(q, k, v, seqs, options))
 
 
 def attention_paged(
@@ -149,16 +149,7 @@ def attention_paged(
         ArgumentError, ArgumentTypeError, UnsupportedCall: as for `attention_varlen`; UnsupportedCall also
             where a gradient is wanted. On a GPU lengths and tables aren't looked into: see `PagedKV.check`.
     """
-    if not isinstance(cache, PagedKV):
-        raise ArgumentTypeError(describe("cache", repr(cache), "a PagedKV"))
-    options.setdefault("plan", DENSE)
-    k_scale = check_number("cache.k_scale", cache.k_scale)
-    v_scale = check_number("cache.v_scale", cache.v_scale)
-    more: dict[str, Any] = {"block_tables": cache.block_tables, "v_scale": v_scale}
-    call = checked(Call(q, cache.k, cache.v, seqs, **more, **options))
-    if k_scale != 1:
-        assert call.scale is not None
-        call = call._replace(scale=call.scale * k_scale)
+    call = paged_call(q, cache, seqs, options)
     bias = None if call.bias is None else call.bias.values
     wants_grad = any(
         x is not None and x.requires_grad for x in (q, call.k, call.v, call.sinks, bias)
@@ -170,7 +161,23 @@ def attention_paged(
     return run(call)
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs, options: AttentionOptions) -> Call:
+def paged_call(q: Tensor, cache: PagedKV, seqs: Seqs, options: AttentionOptions) -> Call:
+    """What `attention_paged` runs, checked."""
+    if not isinstance(cache, PagedKV):
+        raise ArgumentTypeError(describe("cache", repr(cache), "a PagedKV"))
+    options.setdefault("plan", DENSE)
+    k_scale = check_number("cache.k_scale", cache.k_scale)
+    v_scale = check_number("cache.v_scale", cache.v_scale)
+    more: dict[str, Any] = {"block_tables": cache.block_tables, "v_scale": v_scale}
+    call = checked(Call(q, cache.k, cache.v, seqs, **more, **options))
+    if k_scale != 1:
+        assert call.scale is not None
+        call = call._replace(scale=call.scale * k_scale)
+    return call
+
+
+def packed_call(q: Tensor, k: Tensor, v: Tensor, seqs: Seqs, options: AttentionOptions) -> Call:
+    """What `attention_varlen` runs, checked."""
     options.setdefault("plan", DENSE)
     return checked(Call(q, k, v, seqs, **options))
 

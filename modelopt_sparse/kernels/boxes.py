@@ -38,7 +38,8 @@ def boxes(
         return none
     layouts = [layout for x in tensors if (layout := layout_of(x)) is not None]
     rows = {layout[:2] for layout in layouts}
-    if len(layouts) < len(tensors) or len(rows) > 1:
+    fits = all(block_dim(x.shape[-1]) == x.shape[-1] for x in tensors)
+    if not fits or len(layouts) < len(tensors) or len(rows) > 1:
         return none
     found = [_box(x, layout, block) for x, layout in zip(tensors, layouts, strict=True)]
     return found, rows.pop(), [layout[2] for layout in layouts]
@@ -50,7 +51,7 @@ def layout_of(x: Tensor) -> tuple[int, int, int] | None:
     by_page = x.stride(0) if x.dim() == 4 else 0
     size = x.element_size()
     fits = x.data_ptr() % 16 == 0 and by_token * size % 16 == 0 and by_head * size % 16 == 0
-    if not fits or block_dim(x.shape[-1]) != x.shape[-1] or by_token <= 0 or not x.numel():
+    if not fits or by_token <= 0 or not x.numel():
         return None
     if by_page % by_token:
         return None
@@ -66,6 +67,21 @@ def shape_of(x: Tensor, layout: tuple[int, int, int]) -> list[int]:
     tokens, heads, dim = x.shape[-3:]
     pages = x.shape[0] if x.dim() == 4 else 1
     return [(pages - 1) * page_rows + (heads - 1) * rows + tokens, (heads - 1) * columns + dim]
+
+
+def gluon_box(x: Tensor, layout: tuple[int, int, int], rows: int, channels: int) -> Any:
+    """A descriptor of a tensor of a layout, for kernels in Gluon, in tiles of rows and channels."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    strides, shared = [x.stride(-3), 1], _swizzled(8 * x.element_size())
+    return TensorDescriptor(x, shape_of(x, layout), strides, [rows, channels], shared)
+
+
+@lru_cache
+def _swizzled(bits: int) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(128, bits, 2)
 
 
 def _box(x: Tensor, layout: tuple[int, int, int], block: int) -> Any:

@@ -13,7 +13,7 @@ from . import arguments
 from .boxes import boxes
 from .check import Call
 from .device.variant import Variant
-from .latent import has_values_in_keys, latent_applies, launch_latent
+from .latent import has_values_in_keys, latent_refusals, launch_latent
 from .launch import (
     LEAST_LATE,
     Launch,
@@ -75,16 +75,21 @@ def launch_decode(call: Call, results: Results) -> None:
     _launch(call, results)
 
 
+def rows_of(call: Call) -> tuple[int, int]:
+    """Query heads of a program, and rows of a sequence, at most."""
+    skip = call.plan.skip_decode
+    members = (skip and skip.vote_heads) or call.q.shape[1] // call.k.shape[-2]
+    return members, max(1, call.seqs.max_q) if call.phase is Phase.DECODE else 1
+
+
 def _launch(call: Call, results: Results) -> None:
-    q, v, seqs, skip = call.q, call.v, call.seqs, call.plan.skip_decode
-    group = q.shape[1] // call.k.shape[-2]
-    members = (skip and skip.vote_heads) or group
-    max_q = max(1, seqs.max_q) if call.phase is Phase.DECODE else 1
+    q, v, skip = call.q, call.v, call.plan.skip_decode
+    members, max_q = rows_of(call)
     if skip is not None and members * max_q > MOST_ROWS:
         remedy = "Use fewer vote_heads, phase=Phase.PREFILL, or attention_reference."
         got, takes = f"{members * max_q} rows that vote together", f"at most {MOST_ROWS}"
         raise UnsupportedCall(describe("plan.skip_decode", got, takes, remedy))
-    if latent_applies(call, members * max_q):
+    if next(latent_refusals(call, members * max_q), None) is None:
         launch_latent(call, results, max_q)
         return
     block_keys = None if skip is None else skip.block_keys

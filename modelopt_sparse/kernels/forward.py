@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from modelopt_sparse.errors import UnsupportedCall, describe
 
@@ -39,23 +40,43 @@ def forward(call: Call, keep_tiles: bool) -> Results:
             counts=(results.prefill, results.decode),
             shares=(results.bound, results.dropped),
         )
-        _launch(call, results)
+        for route in routes(call):
+            if route.phase is Phase.PREFILL:
+                launch_prefill(route.call, results, only_prefill=route.only_prefill)
+            else:
+                launch_decode(route.call, results)
     return results
 
 
-def _launch(call: Call, results: Results) -> None:
+@dataclass(frozen=True)
+class Route:
+    """Some sequences of a call, and the phase whose kernels compute them.
+
+    Args:
+        only_prefill: of a phase that prefills, sequences of one row are left to another route.
+    """
+
+    phase: Phase
+    call: Call
+    only_prefill: bool = False
+
+
+def routes(call: Call) -> list[Route]:
+    """How the sequences of a checked call are shared out.
+
+    Raises:
+        UnsupportedCall: too many rows would decode together.
+    """
     plan, max_q = call.plan, call.seqs.max_q
     if call.phase is Phase.PREFILL:
-        launch_prefill(call, results)
-    elif call.phase is None and max_q > 1:
-        launch_prefill(call, results, only_prefill=True)
-        if call.seqs.min_q < 2:
-            launch_decode(call, results)
-    elif max_q <= MOST_ROWS_OF_A_SEQUENCE:
-        launch_decode(call, results)
-    elif plan.skip_decode is None:
-        launch_prefill(call._replace(plan=Plan()), results)
-    else:
-        takes = f"at most {MOST_ROWS_OF_A_SEQUENCE} rows a sequence"
-        remedy = "Use phase=Phase.PREFILL, or attention_reference."
-        raise UnsupportedCall(describe("plan.skip_decode", f"max_q {max_q}", takes, remedy))
+        return [Route(Phase.PREFILL, call)]
+    if call.phase is None and max_q > 1:
+        found = [Route(Phase.PREFILL, call, only_prefill=True)]
+        return found + [Route(Phase.DECODE, call)] * (call.seqs.min_q < 2)
+    if max_q <= MOST_ROWS_OF_A_SEQUENCE:
+        return [Route(Phase.DECODE, call)]
+    if plan.skip_decode is None:
+        return [Route(Phase.PREFILL, call._replace(plan=Plan()))]
+    takes = f"at most {MOST_ROWS_OF_A_SEQUENCE} rows a sequence"
+    remedy = "Use phase=Phase.PREFILL, or attention_reference."
+    raise UnsupportedCall(describe("plan.skip_decode", f"max_q {max_q}", takes, remedy))

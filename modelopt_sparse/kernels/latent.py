@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from . import arguments
-from .boxes import layout_of, shape_of
+from .boxes import gluon_box, layout_of
 from .check import Call
-from .launch import split_dim
+from .launch import is_hopper, split_dim
 from .results import Results
 from .splits import Splits, merge
 from .types import Phase
@@ -35,29 +35,30 @@ class LatentVariant:
     ALL_DECODE: bool
 
 
-def latent_applies(call: Call, rows: int) -> bool:
-    """Whether the Hopper kernel computes a call that decodes: dense attention to pages of latents.
+def latent_refusals(call: Call, rows: int) -> Iterator[str]:
+    """Why the Hopper kernel doesn't compute a call that decodes; nothing if it does.
 
     Args:
         rows: of all heads of a sequence.
     """
-    k = call.k
-    extras = call.mask, call.bias, call.bounds, call.window, call.softcap, call.sinks
-    return (
-        rows >= _LEAST_ROWS
-        and call.plan.skip_decode is None
-        and all(x is None for x in extras)
-        and has_values_in_keys(call)
-        and call.block_tables is not None
-        and k.shape[1] % _KEYS == 0
-        and k.shape[2] == 1
-        and k.dtype == call.q.dtype
-        and k.dtype in (torch.float16, torch.bfloat16)
-        and call.v.shape[-1] in _LATENT_CHANNELS
-        and k.shape[-1] - call.v.shape[-1] == _ROTARY_CHANNELS
-        and layout_of(call.v) is not None
-        and _is_hopper(k.device)
-    )
+    q, k, v = call.q, call.k, call.v
+    if not is_hopper(k.device):
+        yield "the GPU isn't one of compute capability 9.0"
+    if not has_values_in_keys(call) or k.shape[-2] != 1 or layout_of(v) is None:
+        yield "keys that don't hold their values"
+    elif v.shape[-1] not in _LATENT_CHANNELS or k.shape[-1] - v.shape[-1] != _ROTARY_CHANNELS:
+        yield f"latents of {v.shape[-1]} and {k.shape[-1] - v.shape[-1]} channels"
+    if call.block_tables is None or k.shape[1] % _KEYS:
+        yield f"no pages of {_KEYS} tokens or a multiple"
+    if k.dtype != q.dtype or k.dtype not in (torch.float16, torch.bfloat16):
+        yield f"{q.dtype} queries and {k.dtype} keys"
+    if rows < _LEAST_ROWS:
+        yield f"{rows} rows of a sequence"
+    if call.plan.skip_decode is not None:
+        yield "tiles to skip"
+    for name in ("mask", "bias", "bounds", "window", "softcap", "sinks"):
+        if getattr(call, name) is not None:
+            yield name
 
 
 def launch_latent(call: Call, results: Results, max_q: int) -> None:
@@ -75,33 +76,16 @@ def launch_latent(call: Call, results: Results, max_q: int) -> None:
     C = LatentVariant(
         latents.shape[-1], rotary.shape[-1], k.shape[1], call.causal, call.phase is Phase.DECODE
     )
-    half = _box(latents, latents.shape[-1] // 2)
+    half = gluon_box(latents, layout, _KEYS, latents.shape[-1] // 2)
+    rotary_box = gluon_box(rotary, layout, _KEYS, rotary.shape[-1])
     latent_kernel[(batch * splits.count * blocks,)](
-        q, half, _box(rotary, rotary.shape[-1]), splits.sums, splits.out, *arguments.strides(q),
+        q, half, rotary_box, splits.sums, splits.out, *arguments.strides(q),
         table, table.stride(0), layout[1],
         *arguments.sequences(seqs)[:2], seqs.k_len, heads, blocks, max_q, splits.count,
         *splits.tiles(_KEYS), splits.entries, scale / math.log(2),
         C, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     merge(call, results, splits, max_q)
-
-
-@lru_cache
-def _is_hopper(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _box(x: torch.Tensor, channels: int) -> object:
-    """Descriptor of the rows of pages [pages, page_size, 1, all channels], in tiles of keys and channels."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    layout = layout_of(x)
-    assert layout is not None
-    shared = gl.NVMMASharedLayout(128, 8 * x.element_size(), 2)
-    return TensorDescriptor(x, shape_of(x, layout), [x.stride(-3), 1], [_KEYS, channels], shared)
 
 
 def has_values_in_keys(call: Call) -> bool:

@@ -93,6 +93,14 @@ def shared_memory(device: torch.device) -> int:
 
 
 @lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels for compute capability 9.0 run on a device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@lru_cache
 def processors(device: torch.device) -> int:
     """How many multiprocessors a device has."""
     if device.type != "cuda":

@@ -11,6 +11,7 @@ from . import arguments
 from .boxes import boxes
 from .check import Call
 from .device.variant import Variant
+from .hopper_prefill import launch_hopper_prefill, prefill_refusals
 from .launch import Launch, may_be_late, prefill_launch, shared_memory, thriftier
 from .launching import launch_first_that_fits
 from .programs.prefill import prefill_kernel
@@ -31,10 +32,21 @@ def launch_prefill(call: Call, results: Results, *, only_prefill: bool = False) 
         # Only counted: the output stays that of the dense kernel, to the bit.
         _launch(call, scratch(results), only_prefill)
         call = call._replace(plan=replace(call.plan, skip=None))
+    elif skip is not None and skip.count_thresholds:
+        uncounted = call._replace(plan=replace(call.plan, skip=replace(skip, count_thresholds=())))
+        if next(prefill_refusals(uncounted), None) is None:
+            # What counts isn't what computes: the output stays that of the kernel that doesn't count.
+            assert results.prefill is not None
+            _launch(call, scratch(results), only_prefill)
+            counts = torch.zeros_like(results.prefill)
+            call, results = uncounted, results._replace(prefill=counts)
     _launch(call, results, only_prefill)
 
 
 def _launch(call: Call, results: Results, only_prefill: bool) -> None:
+    if next(prefill_refusals(call), None) is None:
+        launch_hopper_prefill(call, results, only_prefill)
+        return
     plan = call.plan
     decision = None
     if (decides := plan.skip or plan.tiles) is not None:

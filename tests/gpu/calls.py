@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modelopt_sparse.kernels import AttentionOutput, Plan, attention_varlen
+from modelopt_sparse.kernels import AttentionOutput, Plan, attention_varlen, prefill
 from tests.gpu.build import Setup, build, covered
 from tests.gpu.cases import Case
 from tests.gpu.gradients import with_leaves
@@ -45,6 +45,11 @@ def run(setup: Setup, **changes) -> AttentionOutput:
     """Calls; `changes` replace options, among them the plan."""
     arguments = {**setup.options, "plan": setup.plan, **changes}
     return attention_varlen(*setup.qkv, **arguments)
+
+
+def without_hopper(monkeypatch) -> None:
+    """From now on the kernels compute that run on any GPU: others round otherwise."""
+    monkeypatch.setattr(prefill, "prefill_refusals", lambda call: iter(("a test",)))
 
 
 def run_dense(setup: Setup) -> AttentionOutput:

@@ -61,6 +61,9 @@ PREFILL = (
     ("tiny", "bf16", (64, 64), (4, 2), {"skip": "on", "nm": (2, 4), "blocks": (128, 64)}),
     ("tiny_chunk", "fp16", (192, 128), (4, 2), {"skip": "given", "nm": (2, 8), "gaps": True}),
     ("tiny_rows", "bf16", (256, 256), (4, 2), {"skip": "on", "blocks": (16, 16)}),
+    ("tiny_chunk", "fp16", (128, 128), (4, 2), {"skip": "given"}),
+    ("tiny_rows", "bf16", (64, 64), (4, 2), {"skip": "exact", "sight": "window", "sinks": True}),
+    ("tiny", "fp16", (192, 128), (4, 2), {"skip": "on", "gaps": True}),
 )
 DECODE = (
     ("tiny_decode", "bf16", (64, 64), (8, 1), {}),

@@ -16,7 +16,16 @@ from modelopt_sparse.kernels.launch import (
     thriftier,
 )
 from tests.gpu.build import build
-from tests.gpu.calls import DEVICE, KINDS, assert_same_bits, needs_cuda, results, run, trained
+from tests.gpu.calls import (
+    DEVICE,
+    KINDS,
+    assert_same_bits,
+    needs_cuda,
+    results,
+    run,
+    trained,
+    without_hopper,
+)
 from tests.gpu.cases import Case
 from tests.gpu.checks import check
 
@@ -82,6 +91,7 @@ def test_prefill_decides_the_same_however_it_is_launched(name, launch, monkeypat
     setup = build(CASES[name], DEVICE)
     with torch.no_grad():
         wanted = results(run(setup, details=True))
+        without_hopper(monkeypatch)
         fixed(monkeypatch, prefill, launch)
         try:
             found = results(run(setup, details=True))

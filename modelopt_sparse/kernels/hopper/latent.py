@@ -12,16 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from modelopt_sparse.kernels.device.run_time import RUN_TIME
 
-# Triton 3.9 has other names for two things.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+from .common import finite, load_box, shrink, wait_for_all
 
 ROWS = 64
 KEYS = 64
@@ -42,7 +39,7 @@ def ask_for_half(row, visit, boxes, buffers, barriers, HALF: gl.constexpr):
     place = visit % 2 * 2 + HALF
     barrier = barriers[0].index(place)
     mbarrier.expect(barrier, latents.block_type.nbytes)
-    _load(latents, [row, HALF * latents.block_type.shape[1]], barrier, buffers[2].index(place))
+    load_box(latents, [row, HALF * latents.block_type.shape[1]], barrier, buffers[2].index(place))
 
 
 @gluon.jit
@@ -51,7 +48,7 @@ def ask_for_rotary(row, visit, boxes, buffers, barriers):
     rotary = boxes[1]
     barrier = barriers[1].index(visit % 2)
     mbarrier.expect(barrier, rotary.block_type.nbytes)
-    _load(rotary, [row, 0], barrier, buffers[3].index(visit % 2))
+    load_box(rotary, [row, 0], barrier, buffers[3].index(visit % 2))
 
 
 @gluon.jit
@@ -107,19 +104,6 @@ def multiply(visit, zero, buffers, barriers, HALF: gl.constexpr):
 
 
 @gluon.jit
-def finite(running):
-    """The running max, or 0 where no key was seen."""
-    return gl.where(running == float("-inf"), 0.0, running)
-
-
-@gluon.jit
-def shrink(acc, alpha):
-    """The sums [rows, channels] times a factor for each row, in whatever layout."""
-    layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    return acc * gl.expand_dims(gl.convert_layout(alpha, layout), 1)
-
-
-@gluon.jit
 def weigh(
     score, visit, running, total, buffers, barriers, split, rows, scale_log2, C: gl.constexpr
 ):
@@ -150,7 +134,7 @@ def weigh(
     buffers[3].index(stage).store(weights)
     buffers[4].index(stage).store(new)
     fence_async_shared()
-    _barrier()
+    wait_for_all()
     mbarrier.arrive(barriers[2].index(stage), count=1)
     alpha = gl.exp2(running - pivot)
     return weights, new, total * alpha + gl.sum(p, axis=1), alpha
@@ -190,7 +174,7 @@ def hide(visit, buffers, split, HALF: gl.constexpr):
             values = part.load(layout)
             part.store(gl.where(gl.expand_dims(exists, 1), values, 0.0).to(values.dtype))
         fence_async_shared()
-        _barrier()
+        wait_for_all()
 
 
 @gluon.jit
@@ -303,7 +287,7 @@ def store(running, total, acc, buffers, barriers, rows, outputs, HALF: gl.conste
         gl.store(split_sums + entry * 4 + 1, total, mask=is_row)
     else:
         totals.store(total)
-        _barrier()
+        wait_for_all()
         mbarrier.arrive(there, count=1)
     layout: gl.constexpr = acc.type.layout
     of_row: gl.constexpr = gl.SliceLayout(1, layout)
@@ -379,7 +363,7 @@ def latent_kernel(
         mbarrier.init(barriers[2].index(stage), count=1)
     mbarrier.init(barriers[3], count=1)
     fence_async_shared()
-    _barrier()
+    wait_for_all()
 
     boxes = (latents, rotary)
     table = k_table + sequence.to(gl.int64) * k_table_stride
@@ -401,7 +385,7 @@ def latent_kernel(
     buffers[0].index(1).store(right)
     buffers[1].store(rest)
     fence_async_shared()
-    _barrier()
+    wait_for_all()
 
     first_entry = number.to(gl.int64) * n_entries + sequence.to(gl.int64) * max_q * n_heads
     outputs = (split_sums, split_out, first_entry)
