@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from .inputs import LATENT, Inputs
@@ -108,7 +109,7 @@ def _sdpa(inputs: Inputs, backend: SDPBackend | None, mode: str, native: bool) -
     def forward() -> list[Tensor]:
         with nullcontext() if backend is None else sdpa_kernel(backend):
             return [
-                scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native)
+                scaled_dot_product_attention(q, k, v, is_causal=inputs.causal, enable_gqa=native)
                 for q, k, v in calls
             ]
 
@@ -156,6 +157,25 @@ def flex(inputs: Inputs) -> Peer:
         return out[0].transpose(0, 1)
 
     return Peer(call, output)
+
+
+def sdpa_chunk(inputs: Inputs, rows: int, backend: SDPBackend | None) -> Peer:
+    """The last rows of one sequence by PyTorch's attention; of its backends FlashAttention-2 offers it."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q[-rows:], inputs.k, inputs.v))
+    native = inputs.group == 1
+    if not native:
+        k, v = (x.repeat_interleave(inputs.group, 1) for x in (k, v))
+    is_seen = causal_lower_right(rows, k.shape[2])
+
+    def run() -> Tensor:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, attn_mask=is_seen)
+
+    try:
+        run()
+    except RuntimeError as error:
+        raise Unavailable(str(error).strip().splitlines()[0]) from error
+    return Peer(run, lambda: run()[0].transpose(0, 1), "" if native else "KV heads repeated")
 
 
 def flash_varlen(inputs: Inputs) -> Peer:

@@ -14,7 +14,9 @@ from modelopt_sparse.kernels import (
     DENSE,
     AttentionOutput,
     NMSparsity,
+    Phase,
     Plan,
+    Seqs,
     SkipSoftmax,
     attention_varlen,
 )
@@ -25,6 +27,7 @@ from .checks import (
     DENSE_ERROR,
     GRADIENT_ERROR,
     NM_ERROR,
+    chunk_error,
     forward_error,
     gradient_error,
     planned_error,
@@ -106,13 +109,13 @@ def _tokens(n: int) -> str:
 
 def _forward(inputs: Inputs, plan: Plan = DENSE, details: bool = False) -> AttentionOutput:
     q, k, v = inputs.q, inputs.k, inputs.v
-    return attention_varlen(q, k, v, inputs.seqs, causal=True, plan=plan, details=details)
+    return attention_varlen(q, k, v, inputs.seqs, causal=inputs.causal, plan=plan, details=details)
 
 
 def _timed_forward(inputs: Inputs, plan: Plan = DENSE) -> Run:
     """Without what is made once for a batch: the sequence offsets."""
     return partial(
-        attention_varlen, inputs.q, inputs.k, inputs.v, inputs.seqs, causal=True, plan=plan
+        attention_varlen, inputs.q, inputs.k, inputs.v, inputs.seqs, causal=inputs.causal, plan=plan
     )
 
 
@@ -130,16 +133,18 @@ def _sdpa_peers(
     return {name: partial(baselines.sdpa, inputs, backends[name], mode) for name in names}
 
 
-def dense(lengths: Sequence[int], setting: Setting, beside_flex: bool = False) -> Trial:
+def dense(
+    lengths: Sequence[int], setting: Setting, beside_flex: bool = False, causal: bool = True
+) -> Trial:
     """Dense forward. FlexAttention, which compiles for each length, stands beside it if asked to."""
-    inputs = plain(lengths, setting.shape, setting.device, setting.dtype)
+    inputs = plain(lengths, setting.shape, setting.device, setting.dtype, causal=causal)
     ragged = len(lengths) > 1
     peers = _sdpa_peers(inputs, [CUDNN] if ragged else [CUDNN, FLASH])
     if ragged and setting.device.type == "cuda":
         peers[FLASH] = partial(baselines.flash_varlen, inputs)
     if beside_flex and setting.device.type == "cuda":
         peers[FLEX] = partial(baselines.flex, inputs)
-    flops = inputs.causal_flops()
+    flops = inputs.flops()
     peers[PRODUCT] = partial(baselines.product_of, flops, setting.device, setting.dtype)
     return Trial(
         partial(forward_error, inputs),
@@ -161,7 +166,7 @@ def overhead(length: int, setting: Setting) -> Trial:
         _timed_forward(inputs, plan),
         lambda: Check(forward_error(inputs, output.out), DENSE_ERROR, wrong),
         {OWN_DENSE: partial(_own_dense, inputs), **_sdpa_peers(inputs, [CUDNN])},
-        inputs.causal_flops(),
+        inputs.flops(),
         _skipped(output),
     )
 
@@ -199,9 +204,47 @@ def _skip(inputs: Inputs, setting: Setting) -> Trial:
         _timed_forward(inputs, plan),
         check,
         {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs)},
-        inputs.causal_flops(),
+        inputs.flops(),
         _skipped(output),
         length,
+    )
+
+
+def chunk(rows: int, length: int, share: float | None, setting: Setting) -> Trial:
+    """The last rows of a sequence whose other keys are there already, dense or with a dialled share skipped.
+
+    Args:
+        rows: a multiple of 64. share: of the tiles of the whole sequence; None: dense.
+    """
+    inputs = (
+        plain([length], setting.shape, setting.device, setting.dtype)
+        if share is None
+        else dialled(length, share, setting.shape, setting.device, setting.dtype)
+    )
+    seqs = Seqs.from_lengths([rows], [length], setting.device)
+    tensors = inputs.q[-rows:].contiguous(), inputs.k, inputs.v
+    plan = DENSE if share is None else Plan(skip=SkipSoftmax(THRESHOLD))
+
+    def run(plan: Plan, details: bool = False) -> AttentionOutput:
+        return attention_varlen(*tensors, seqs, plan=plan, phase=Phase.PREFILL, details=details)
+
+    def check() -> Check:
+        output = run(plan, details=True)
+        kept = None if output.kept is None else output.kept[0]
+        return Check(chunk_error(inputs, rows, output.out, kept), DENSE_ERROR)
+
+    own = Peer(partial(run, DENSE), lambda: run(DENSE).out, is_rival=False)
+    peers: dict[str, Callable[[], Peer]] = {} if share is None else {OWN_DENSE: lambda: own}
+    on_cuda = setting.device.type == "cuda"
+    backend = SDPBackend.FLASH_ATTENTION if on_cuda else None
+    peers[FLASH if on_cuda else SDPA] = partial(baselines.sdpa_chunk, inputs, rows, backend)
+    return Trial(
+        partial(chunk_error, inputs, rows),
+        partial(run, plan),
+        check,
+        peers,
+        inputs.flops() * (1 - (1 - rows / length) ** 2),
+        None if share is None else _skipped(run(plan)),
     )
 
 
@@ -221,7 +264,7 @@ def tile_list(length: int, share: float, setting: Setting) -> Trial:
         _timed_forward(inputs, plan),
         check,
         {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs)},
-        inputs.causal_flops(),
+        inputs.flops(),
         _skipped(decided),
     )
 
@@ -238,7 +281,7 @@ def n_of_m(length: int, n: int, m: int, setting: Setting) -> Trial:
         _timed_forward(inputs, plan),
         lambda: Check(planned_error(inputs, _forward(inputs, plan).out, plan), NM_ERROR),
         peers,
-        inputs.causal_flops(),
+        inputs.flops(),
     )
 
 
@@ -257,7 +300,7 @@ def backward(length: int, setting: Setting) -> Trial:
         run,
         lambda: Check(gradient_error(inputs, d_out, run()), GRADIENT_ERROR),
         _sdpa_peers(inputs, [CUDNN, FLASH], "backward"),
-        2.5 * inputs.causal_flops(),
+        2.5 * inputs.flops(),
     )
 
 
@@ -288,7 +331,7 @@ def training(length: int, share: float, setting: Setting) -> Trial:
             ),
             **_sdpa_peers(inputs, [CUDNN], "both"),
         },
-        3.5 * inputs.causal_flops(),
+        3.5 * inputs.flops(),
         _skipped(decided),
     )
 
@@ -318,8 +361,11 @@ def _miscounted(inputs: Inputs, output: AttentionOutput) -> str:
     return ""
 
 
-def _with_dim(dim: int, build: Callable[[Setting], Trial], setting: Setting) -> Trial:
-    trial = build(replace(setting, shape=replace(setting.shape, head_dim=dim)))
+def _with_dim(
+    dim: int, build: Callable[[Setting], Trial], setting: Setting, value_dim: int | None = None
+) -> Trial:
+    shape = replace(setting.shape, head_dim=dim, value_dim=value_dim)
+    trial = build(replace(setting, shape=shape))
     return replace(trial, length=None)
 
 
@@ -335,7 +381,7 @@ def standard_cases() -> list[Case]:
     ]
     cases += [
         Case("skip", f"skip{share}-16k", partial(skip, 16 * k, share / 100))
-        for share in (50, 75, 90)
+        for share in (50, 75, 90, 95)
     ]
     cases += [
         Case("skip", "skip10-90-16k", partial(skip_unevenly, 16 * k, 0.1, 0.9)),
@@ -365,7 +411,15 @@ def standard_cases() -> list[Case]:
             cases.append(Case("others", f"dim{dim}-{_tokens(n)}", build))
         build = partial(_with_dim, dim, partial(skip, 16 * k, 0.75))
         cases.append(Case("others", f"dim{dim}-skip75-16k", build))
+    build = partial(_with_dim, 192, partial(dense, [16 * k]), value_dim=128)
+    cases.append(Case("others", "dims192-128-16k", build))
+    cases.append(Case("others", "full-16k", partial(dense, [16 * k], causal=False)))
     cases.append(Case("others", "ragged-64k", partial(dense, RAGGED)))
+    cases.append(Case("others", "equal-64k", partial(dense, [4 * k] * 16)))
+    for share in (None, 0.75):
+        name = "dense" if share is None else f"skip{share:.0%}".rstrip("%")
+        build = partial(chunk, 2 * k, 32 * k, share)
+        cases.append(Case("chunk", f"chunk-{name}-2k-of-32k", build))
     return cases
 
 
@@ -382,5 +436,11 @@ def smoke_cases() -> list[Case]:
         Case("backward", "backward-200", partial(backward, 200)),
         Case("training", "training40-900", partial(training, 900, 0.4)),
         Case("others", "dim16-100", partial(_with_dim, 16, partial(dense, [100]))),
+        Case(
+            "others", "dims48-32-100", partial(_with_dim, 48, partial(dense, [100]), value_dim=32)
+        ),
+        Case("others", "full-200", partial(dense, [200], causal=False)),
         Case("others", "ragged-300", partial(dense, [150, 129, 20, 1])),
+        Case("chunk", "chunk-dense-128-of-1k", partial(chunk, 128, 1024, None)),
+        Case("chunk", "chunk-skip50-128-of-1k", partial(chunk, 128, 1024, 0.5)),
     ]

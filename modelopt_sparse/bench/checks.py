@@ -45,13 +45,35 @@ def forward_error(
     errors = [0.0]
     for index, rows in sampled_rows(inputs):
         first = inputs.spans[index].start
-        span = slice(first, first + rows.stop)
+        span = slice(first, first + rows.stop) if inputs.causal else inputs.spans[index]
         tiles = None if kept is None else kept[index]
         if tiles is not None:
             tiles = tiles[:, rows.start // ROWS : rows.start // ROWS + 1]
         here = slice(first + rows.start, first + rows.stop)
         q, k, v = (x.float() for x in (inputs.q[here], inputs.k[span], inputs.v[span]))
-        errors.append(relative_error(out[here], _attend(q, k, v, tiles)))
+        errors.append(relative_error(out[here], _attend(q, k, v, tiles, inputs.causal)))
+    return _largest(errors)
+
+
+def chunk_error(inputs: Inputs, rows: int, out: Tensor, kept: Tensor | None = None) -> float:
+    """Largest error of `out` [rows, Hq, D], the last rows of one sequence, over sampled row tiles.
+
+    Args:
+        rows: of the chunk, which begins on a row tile. kept: bool [Hq, row tiles of the chunk, key tiles].
+    """
+    (length,) = inputs.lengths
+    errors = [0.0]
+    last = (rows - 1) // ROWS
+    for tile in sorted({0, last // 2, last}):
+        here = slice(length - rows + tile * ROWS, min(length, length - rows + (tile + 1) * ROWS))
+        tiles = None if kept is None else kept[:, tile : tile + 1]
+        q, k, v = (
+            inputs.q[here].float(),
+            inputs.k[: here.stop].float(),
+            inputs.v[: here.stop].float(),
+        )
+        mine = out[here.start - length + rows : here.stop - length + rows]
+        errors.append(relative_error(mine, _attend(q, k, v, tiles)))
     return _largest(errors)
 
 
@@ -89,8 +111,8 @@ def _largest(errors: Sequence[float]) -> float:
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None) -> Tensor:
-    """Causal attention of the last R positions: q [R, Hq, D], k and v [N, Hk, D] -> [R, Hq, D].
+def _attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, causal: bool = True) -> Tensor:
+    """Attention of the last R positions: q [R, Hq, D], k [N, Hk, D] and v [N, Hk, Dv] -> [R, Hq, Dv].
 
     Args:
         tiles: bool [Hq, row tiles, key tiles], the first row tile being that of the first row.
@@ -100,7 +122,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None) -> Tensor:
     grouped = q.transpose(0, 1).reshape(kv_heads, -1, dim)  # [Hk, g * R, D]
     scores = (grouped @ k.permute(1, 2, 0)).view(heads, rows, keys) * dim**-0.5
     position = torch.arange(keys, device=q.device)
-    seen = (position <= position[keys - rows :, None])[None]
+    seen = (position <= position[keys - rows :, None])[None] | (not causal)
     if tiles is not None:
         by_row = tiles.repeat_interleave(ROWS, 1)[:, :rows]
         seen = seen & by_row.repeat_interleave(KEYS, 2)[..., :keys]

@@ -29,11 +29,12 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads and their size."""
+    """Heads and their size; values have `head_dim` too, unless `value_dim` says otherwise."""
 
     q_heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
+    value_dim: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,8 @@ class Inputs:
     """The tensors of a call, packed.
 
     Args:
-        q: [T, Hq, D]; k, v: [T, Hk, D]; lengths: of the sequences, end to end.
+        q: [T, Hq, D]; k: [T, Hk, D]; v: [T, Hk, Dv]; lengths: of the sequences, end to end.
+        causal: each position sees those up to its own, else all of its sequence.
         share: the dialled share of skippable tiles; None if nothing was dialled.
         kept: bool [Hk, segments, segments], what should be kept of each (128 rows, 128 keys), the causal
             half; with ``share`` only.
@@ -51,6 +53,7 @@ class Inputs:
     k: Tensor
     v: Tensor
     lengths: tuple[int, ...]
+    causal: bool = True
     share: float | None = None
     kept: Tensor | None = None
 
@@ -70,10 +73,11 @@ class Inputs:
         """Query heads of a KV head."""
         return self.q.shape[1] // self.k.shape[1]
 
-    def causal_flops(self) -> float:
-        """Of one dense causal forward, multiplications and additions of the two products."""
-        heads, dim = self.q.shape[1:]
-        return sum(2.0 * n * n * dim * heads for n in self.lengths)
+    def flops(self) -> float:
+        """Of one dense forward, multiplications and additions of the two products."""
+        heads, dims = self.q.shape[1], self.q.shape[2] + self.v.shape[2]
+        both_halves = 1 if self.causal else 2
+        return sum(1.0 * both_halves * n * n * dims * heads for n in self.lengths)
 
 
 def plain(
@@ -82,16 +86,18 @@ def plain(
     device: torch.device,
     dtype: torch.dtype,
     seed: int = 0,
+    causal: bool = True,
 ) -> Inputs:
     """Standard normal q, k, v."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(heads: int) -> Tensor:
-        size = (sum(lengths), heads, shape.head_dim)
+    def normal(heads: int, dim: int) -> Tensor:
+        size = (sum(lengths), heads, dim)
         return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
-    q, k, v = normal(shape.q_heads), normal(shape.kv_heads), normal(shape.kv_heads)
-    return Inputs(q, k, v, tuple(lengths))
+    q, k = normal(shape.q_heads, shape.head_dim), normal(shape.kv_heads, shape.head_dim)
+    v = normal(shape.kv_heads, shape.value_dim or shape.head_dim)
+    return Inputs(q, k, v, tuple(lengths), causal)
 
 
 def dialled(
@@ -164,7 +170,7 @@ def dialled(
     kept |= (index == 0) | (index == index[:, None]) | has_hot_rows
     kept &= index <= index[:, None]
     mean = 0.0 if has_hot_rows else sum(shares) / heads
-    return Inputs(q.flatten(1, 2), k, v, (length,), mean, kept)
+    return Inputs(q.flatten(1, 2), k, v, (length,), share=mean, kept=kept)
 
 
 def greatest_share(length: int) -> float:

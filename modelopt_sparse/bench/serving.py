@@ -181,7 +181,7 @@ def paged_prefill(length: int, page_size: int, setting: Setting) -> Trial:
         run,
         lambda: Check(error(run().out), DENSE_ERROR),
         {OWN_PACKED: lambda: Peer(packed, lambda: packed().out, is_rival=False)},
-        inputs.causal_flops(),
+        inputs.flops(),
     )
 
 

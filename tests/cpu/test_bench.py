@@ -158,6 +158,7 @@ def test_cases_are_chosen_by_group_and_by_name(capsys):
     assert lines == [
         "skip: skip75-16k",
         *(f"nm: nm{a}-{n}" for a in ("2:4", "4:8") for n in ("4k", "16k")),
+        "chunk: chunk-skip75-2k-of-32k",
     ]
     assert main(["--only", "no such case"]) == 2
     assert "--list" in capsys.readouterr().err
@@ -252,6 +253,37 @@ def test_a_result_that_is_not_finite_is_wrong(monkeypatch):
     (row,) = measure(case_named("dense-200"), SMALL, BRIEF)
     assert row.failed
     assert not Check(float("nan"), 1.0).passed
+
+
+def test_a_mask_where_there_is_none_is_wrong(monkeypatch):
+    real = bench_cases.attention_varlen
+    monkeypatch.setattr(
+        bench_cases,
+        "attention_varlen",
+        lambda *args, **options: real(*args, **{**options, "causal": True}),
+    )
+    (row,) = measure(case_named("full-200"), SMALL, BRIEF)
+    assert row.failed
+
+
+@pytest.mark.parametrize("name", ["chunk-dense-128-of-1k", "chunk-skip50-128-of-1k"])
+def test_a_wrong_row_of_a_chunk_is_reported(name, monkeypatch):
+    assert not any(row.failed for row in measure(case_named(name), SMALL, BRIEF))
+
+    def last_row_off(output):
+        out = output.out.clone()
+        out[-1] *= 1.5
+        return replace(output, out=out)
+
+    with_output(monkeypatch, last_row_off)
+    assert measure(case_named(name), SMALL, BRIEF)[0].failed
+
+
+def test_a_chunk_counts_the_operations_of_its_rows():
+    whole, part = (
+        case_named(name).build(SMALL).flops for name in ("dense-200", "chunk-dense-128-of-1k")
+    )
+    assert part / (1024**2 - 896**2) == pytest.approx(whole / 200**2)
 
 
 def test_counts_that_do_not_fit_the_tiles_are_wrong(monkeypatch):
