@@ -33,6 +33,7 @@ from .checks import (
     planned_error,
 )
 from .inputs import THRESHOLD, Inputs, Shape, dialled, plain
+from .packages import dense_packages, skipping_packages
 from .timing import Run
 
 SKIPS_NOTHING = 1e-30
@@ -134,16 +135,16 @@ def _sdpa_peers(
 
 
 def dense(
-    lengths: Sequence[int], setting: Setting, beside_flex: bool = False, causal: bool = True
+    lengths: Sequence[int], setting: Setting, beside_all: bool = False, causal: bool = True
 ) -> Trial:
-    """Dense forward. FlexAttention, which compiles for each length, stands beside it if asked to."""
+    """Dense forward. If asked to, beside FlexAttention too, which compiles for each length, and packages."""
     inputs = plain(lengths, setting.shape, setting.device, setting.dtype, causal=causal)
     ragged = len(lengths) > 1
     peers = _sdpa_peers(inputs, [CUDNN] if ragged else [CUDNN, FLASH])
     if ragged and setting.device.type == "cuda":
         peers[FLASH] = partial(baselines.flash_varlen, inputs)
-    if beside_flex and setting.device.type == "cuda":
-        peers[FLEX] = partial(baselines.flex, inputs)
+    if beside_all and setting.device.type == "cuda":
+        peers |= {FLEX: partial(baselines.flex, inputs), **dense_packages(inputs)}
     flops = inputs.flops()
     peers[PRODUCT] = partial(baselines.product_of, flops, setting.device, setting.dtype)
     return Trial(
@@ -194,6 +195,8 @@ def _skip(inputs: Inputs, setting: Setting) -> Trial:
     plan = Plan(skip=SkipSoftmax(THRESHOLD))
     output = _forward(inputs, plan, details=True)
 
+    packages = skipping_packages(inputs) if setting.device.type == "cuda" else {}
+
     def check() -> Check:
         assert output.kept is not None
         error = forward_error(inputs, output.out, output.kept)
@@ -203,7 +206,7 @@ def _skip(inputs: Inputs, setting: Setting) -> Trial:
         partial(forward_error, inputs),
         _timed_forward(inputs, plan),
         check,
-        {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs)},
+        {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs), **packages},
         inputs.flops(),
         _skipped(output),
         length,
@@ -373,7 +376,7 @@ def standard_cases() -> list[Case]:
     """The table: bf16, 32 query heads, 8 KV heads, head_dim 128, causal, unless its name says otherwise."""
     k = 1024
     cases = [
-        Case("dense", f"dense-{_tokens(n)}", partial(dense, [n], beside_flex=True))
+        Case("dense", f"dense-{_tokens(n)}", partial(dense, [n], beside_all=True))
         for n in (4 * k, 16 * k)
     ]
     cases += [

@@ -28,11 +28,12 @@ from .baselines import COPY, PRODUCT, Peer, Unavailable, copy_of, flashinfer_lat
 from .cases import CUDNN, FLASH, OWN_DENSE, SDPA, SKIPS_NOTHING, Case, Check, Setting, Trial
 from .checks import DENSE_ERROR, forward_error, relative_error
 from .inputs import LATENT, LOG2_E, QUERY_NOISE, ROTARY, SINK, THRESHOLD, TOPIC, plain
+from .packages import FLASHINFER
 
 DECODE_KEYS = 64
 """Keys of a decision tile in decode: the default of `SkipSoftmaxDecode`."""
 DIAL_ERROR = 0.03
-OWN_PACKED, FLASHINFER = "own packed", "FlashInfer"
+OWN_PACKED = "own packed"
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modelopt_sparse.bench import baselines, decode_step, measure, serving, timing
+from modelopt_sparse.bench import baselines, decode_step, measure, packages, serving, timing
 from modelopt_sparse.bench import cases as bench_cases
 from modelopt_sparse.bench.__main__ import main
 from modelopt_sparse.bench.cases import Check, Setting, smoke_cases, standard_cases
@@ -424,6 +424,65 @@ def test_flex_attention_is_causal_and_shares_heads(monkeypatch):
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(baselines.Unavailable, match="FlexAttention: RuntimeError: no compiler"):
         baselines.flex(inputs)
+
+
+@pytest.fixture
+def packages_at_hand(monkeypatch):
+    """Packages that compute with the reference; what they were given, by function."""
+    given = {}
+
+    def function(name):
+        def attend(q, k, v, **options):
+            given[name] = (q.dim(), options)
+            q, k, v = (x[0] if x.dim() == 4 else x for x in (q, k, v))
+            causal = options.get("causal", options.get("is_causal"))
+            out = attention_reference(q, k, v, Seqs.from_lengths([len(q)]), causal=causal).out
+            return (out[None], None) if given[name][0] == 4 else out
+
+        return attend
+
+    module = type(sys)("package")
+    for name in (
+        "flash_attn_func",
+        "flash_dense_attn_func",
+        "flash_sparse_attn_func",
+        "single_prefill_with_kv_cache",
+    ):
+        setattr(module, name, function(name))
+    monkeypatch.setattr(packages, "find_spec", lambda name: name != "flash_attn_interface")
+    monkeypatch.setattr(packages, "import_module", lambda name: module)
+    return given
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_installed_packages_are_called_and_checked(packages_at_hand, causal):
+    inputs = plain([150], Shape(4, 2, 16), CPU, torch.float32, causal=causal)
+    peers = packages.dense_packages(inputs)
+    assert list(peers) == [packages.FLASH_ATTN, packages.FLASH_SPARSE, packages.FLASHINFER]
+    for make in peers.values():
+        assert forward_error(inputs, make().output()) < 1e-5
+    assert packages_at_hand == {
+        "flash_attn_func": (4, {"causal": causal}),
+        "flash_dense_attn_func": (4, {"is_causal": causal}),
+        "single_prefill_with_kv_cache": (3, {"causal": causal}),
+    }
+
+
+def test_a_package_that_skips_by_its_own_rule_is_not_checked(packages_at_hand):
+    inputs = plain([150], Shape(4, 2, 16), CPU, torch.float32)
+    (peer,) = (make() for make in packages.skipping_packages(inputs).values())
+    assert peer.output is None and "not checked" in peer.note
+    options = {"is_causal": True, "softmax_threshold": 1.0}
+    assert packages_at_hand == {"flash_sparse_attn_func": (4, options)}
+
+
+def test_packages_that_fail_are_unavailable_and_those_absent_are_left_out(monkeypatch):
+    inputs = plain([150], Shape(4, 2, 16), CPU, torch.float32)
+    assert packages.dense_packages(inputs) == packages.skipping_packages(inputs) == {}
+    monkeypatch.setattr(packages, "find_spec", lambda name: name == "flashinfer")
+    (make,) = packages.dense_packages(inputs).values()
+    with pytest.raises(baselines.Unavailable, match="flashinfer: ModuleNotFoundError"):
+        make()
 
 
 def fake_module(monkeypatch, attention):
