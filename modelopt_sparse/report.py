@@ -133,4 +133,7 @@ def _method_cell(module: SparseAttentionModule) -> str:
     """The method's name, then its parameters; a row whose cell equals the one above shows a ditto mark."""
     fields = module.method.config.model_dump(mode="json")
     method = fields.pop("method")
+    plan = module.method.plan()
+    if fields.get("min_context") == "auto" and (part := plan.skip or plan.skip_decode):
+        fields["min_context"] = f"auto, {part.min_context}"
     return "\n".join([method, *(f"{name}={value}" for name, value in fields.items())])

@@ -153,11 +153,15 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
     if skip.count_thresholds:
         counted = tuple(check_fraction("count_thresholds", x) for x in skip.count_thresholds)
     threshold = _resolved_threshold(skip.threshold, call)
-    if threshold is None and not counted:
+    least = skip.min_context and check_int("min_context", skip.min_context, least=0)
+    if (threshold is None and not counted) or call.seqs.max_k < least:
         return None
+    if threshold is not None and least:
+        is_long = call.seqs.k_len[:, None] >= least
+        threshold = torch.where(is_long, threshold, 0.0).to(torch.float32)
     if threshold is skip.threshold and not counted:
         return skip
-    return replace(skip, threshold=threshold, count_thresholds=counted)
+    return replace(skip, threshold=threshold, count_thresholds=counted, min_context=0)
 
 
 def _check_vote_heads(heads: Any, call: Call) -> None:

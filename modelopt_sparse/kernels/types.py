@@ -162,6 +162,8 @@ class SkipSoftmax:
         count_thresholds: further lambdas whose skipped tiles are counted, without being applied.
         exact_normalizer: keep summing the exponentials of skipped tiles, so that lse is the dense one.
             Their scores then have a gradient too, through the sum.
+        min_context: sequences of fewer keys keep every tile. A call without a longer one is dense: nothing
+            is decided or counted.
     """
 
     threshold: float | Tensor | None
@@ -169,6 +171,7 @@ class SkipSoftmax:
     block_keys: int = 128
     count_thresholds: tuple[float, ...] = ()
     exact_normalizer: bool = False
+    min_context: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,14 +179,10 @@ class SkipSoftmaxDecode:
     """Skip-softmax for sequences that decode: fixed segments of keys, each seeded by the last and first tile.
 
     Args:
-        threshold, count_thresholds, exact_normalizer: as for `SkipSoftmax`.
+        threshold, count_thresholds, exact_normalizer, min_context: as for `SkipSoftmax`.
         block_keys: keys of a decision tile. segment_keys: keys of a segment, a multiple of ``block_keys``.
         vote_heads: query heads that vote together, with all their rows; a divisor of those that share a KV
             head. None: all of these. Fewer skip more, and each vote reads the keys for itself.
-        threshold, count_thresholds, exact_normalizer: as for `SkipSoftmax`.
-        block_keys: keys of a decision tile. segment_keys: keys of a segment, a multiple of ``block_keys``.
-        vote_per_head: each query head decides for itself. By default all query rows and heads that
-            share a KV head vote together.
     """
 
     threshold: float | Tensor | None
@@ -192,6 +191,7 @@ class SkipSoftmaxDecode:
     vote_heads: int | None = None
     count_thresholds: tuple[float, ...] = ()
     exact_normalizer: bool = False
+    min_context: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from numbers import Real
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
@@ -106,6 +106,30 @@ Tokens = Annotated[int, whole_number(0, MAX_TOKENS)]
 
 TileSize = Annotated[int, one_of(16, 32, 64, 128)]
 """Rows or keys of a decision tile: 16, 32, 64 or 128."""
+
+AUTO_MIN_CONTEXT = 8192
+"""What "auto" stands for: the context from which skipping beat the fastest dense kernel beside it, as
+`modelopt_sparse.bench` measured on an H200."""
+
+
+def _context(value: Any) -> Any:
+    takes = f'"auto", or an integer from 0 to {MAX_TOKENS}'
+    if isinstance(value, str) and value == "auto":
+        return value
+    number = _as_int(value)
+    if number is None or not 0 <= number <= MAX_TOKENS:
+        raise not_taken("context", takes)
+    return number
+
+
+MinContext = Annotated[int | Literal["auto"], BeforeValidator(_context)]
+"""A count of tokens below which sequences are dense, or "auto": `AUTO_MIN_CONTEXT`."""
+
+
+def least_context(value: int | Literal["auto"]) -> int:
+    """The number that a `MinContext` stands for."""
+    return AUTO_MIN_CONTEXT if value == "auto" else value
+
 
 OptionalHeads = Annotated[int, whole_number(1, MAX_HEADS)] | None
 """A count of heads from 1 to `MAX_HEADS`, or None."""

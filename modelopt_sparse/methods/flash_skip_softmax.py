@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from modelopt_sparse.kernels.types import Plan, SkipSoftmax, SkipSoftmaxDecode
 
 from .base import SparseMethod, SparseMethodConfig
-from .fields import Fractions, OptionalHeads, TileSize, not_taken
+from .fields import Fractions, MinContext, OptionalHeads, TileSize, least_context, not_taken
 from .registry import register_sparse_method
 
 
@@ -56,6 +56,7 @@ class FlashSkipSoftmaxConfig(SparseMethodConfig):
         decode_block_keys: keys of a decision tile in decode: 16, 32, 64 or 128. Part of the result.
         decode_vote_heads: query heads that decide together in decode, a divisor of those that share a KV
             head. None: all of these. Part of the result.
+        min_context: sequences of fewer keys are dense, in both phases. "auto": where skipping doesn't pay.
     """
 
     abandoned: ClassVar[Mapping[str, str]] = {
@@ -75,6 +76,7 @@ class FlashSkipSoftmaxConfig(SparseMethodConfig):
     bc: TileSize = 128
     decode_block_keys: TileSize = 64
     decode_vote_heads: OptionalHeads = None
+    min_context: MinContext = 0
 
 
 @register_sparse_method
@@ -91,15 +93,17 @@ class FlashSkipSoftmax(SparseMethod[FlashSkipSoftmaxConfig]):
         config = self.config
         prefill, counted = _split(config.thresholds.prefill)
         decode, decode_counted = _split(config.thresholds.decode)
+        least = least_context(config.min_context)
         skip = in_decode = None
         if prefill or counted:
-            skip = SkipSoftmax(prefill, config.br, config.bc, counted)
+            skip = SkipSoftmax(prefill, config.br, config.bc, counted, min_context=least)
         if decode or decode_counted:
             in_decode = SkipSoftmaxDecode(
                 decode,
                 config.decode_block_keys,
                 vote_heads=config.decode_vote_heads,
                 count_thresholds=decode_counted,
+                min_context=least,
             )
         return Plan(skip=skip, skip_decode=in_decode)
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from modelopt_sparse.kernels.types import Plan, SkipSoftmax, SkipSoftmaxDecode
 
 from .base import SparseMethod, SparseMethodConfig
-from .fields import OptionalFraction, OptionalHeads, TileSize
+from .fields import MinContext, OptionalFraction, OptionalHeads, TileSize, least_context
 from .registry import register_sparse_method
 
 
@@ -22,6 +22,7 @@ class TritonSkipSoftmaxConfig(SparseMethodConfig):
         decode_block_keys: keys of a decision tile in decode: 16, 32, 64 or 128. Part of the result.
         decode_vote_heads: query heads that decide together in decode, a divisor of those that share a KV
             head. None: all of these. Part of the result.
+        min_context: sequences of fewer keys are dense, in both phases. "auto": where skipping doesn't pay.
     """
 
     abandoned: ClassVar[Mapping[str, str]] = {
@@ -35,6 +36,7 @@ class TritonSkipSoftmaxConfig(SparseMethodConfig):
     skip_softmax_decode_threshold: OptionalFraction = None
     decode_block_keys: TileSize = 64
     decode_vote_heads: OptionalHeads = None
+    min_context: MinContext = 0
 
 
 @register_sparse_method
@@ -52,12 +54,15 @@ class TritonSkipSoftmax(SparseMethod[TritonSkipSoftmaxConfig]):
         """Skipping in the phases that have a threshold above 0."""
         config = self.config
         prefill, decode = config.skip_softmax_threshold, config.skip_softmax_decode_threshold
-        in_decode = None
+        least = least_context(config.min_context)
+        skip = in_decode = None
+        if prefill:
+            skip = SkipSoftmax(prefill, block_rows=64, block_keys=128, min_context=least)
         if decode:
             in_decode = SkipSoftmaxDecode(
-                decode, config.decode_block_keys, vote_heads=config.decode_vote_heads
+                decode,
+                config.decode_block_keys,
+                vote_heads=config.decode_vote_heads,
+                min_context=least,
             )
-        return Plan(
-            skip=SkipSoftmax(prefill, block_rows=64, block_keys=128) if prefill else None,
-            skip_decode=in_decode,
-        )
+        return Plan(skip=skip, skip_decode=in_decode)

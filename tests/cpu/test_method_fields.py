@@ -89,6 +89,8 @@ BAD_VALUES = {
     (FLASH, "decode_block_keys"): [*NOT_INTEGERS, 0, 8, 63, 65, 256, "256"],
     (SKIP, "decode_vote_heads"): [*(x for x in NOT_INTEGERS if x is not None), 0, -1, "0"],
     (FLASH, "decode_vote_heads"): [*(x for x in NOT_INTEGERS if x is not None), 0, -1, "0"],
+    (SKIP, "min_context"): [*NOT_INTEGERS, -1, "-1", "Auto", "auto ", MAX_TOKENS + 1],
+    (FLASH, "min_context"): [*NOT_INTEGERS, -1, "-1", "Auto", "auto ", MAX_TOKENS + 1],
     (FLASH, "bc"): [*NOT_INTEGERS, 0, 8, 63, 65, 256, "256"],
     (FLASH, "thresholds"): [
         *NOT_SCALARS,
@@ -223,6 +225,7 @@ def test_defaults_are_what_the_documentation_says():
         "skip_softmax_decode_threshold": None,
         "decode_block_keys": 64,
         "decode_vote_heads": None,
+        "min_context": 0,
     }
     assert TritonSparseSoftmaxConfig().model_dump() == {
         "method": NM,
@@ -240,6 +243,7 @@ def test_defaults_are_what_the_documentation_says():
         "bc": 128,
         "decode_block_keys": 64,
         "decode_vote_heads": None,
+        "min_context": 0,
     }
 
 

@@ -13,6 +13,7 @@ from modelopt_sparse.methods import (
     TritonSparseSoftmax,
     TritonSparseSoftmaxConfig,
 )
+from modelopt_sparse.methods.fields import AUTO_MIN_CONTEXT
 from modelopt_sparse.module import SparseAttentionModule
 
 SKIP, NM, FLASH = "triton_skip_softmax", "triton_sparse_softmax", "flash_skip_softmax"
@@ -27,17 +28,18 @@ def numbers(plan: Plan):
     return tuple(part and vars(part) for part in (plan.nm, plan.skip, plan.skip_decode))
 
 
-def skip(threshold, rows=64, keys=128, counted=()):
+def skip(threshold, rows=64, keys=128, counted=(), least=0):
     return {
         "threshold": threshold,
         "block_rows": rows,
         "block_keys": keys,
         "count_thresholds": counted,
         "exact_normalizer": False,
+        "min_context": least,
     }
 
 
-def skip_decode(threshold, counted=(), keys=64, heads=None):
+def skip_decode(threshold, counted=(), keys=64, heads=None, least=0):
     return {
         "threshold": threshold,
         "block_keys": keys,
@@ -45,6 +47,7 @@ def skip_decode(threshold, counted=(), keys=64, heads=None):
         "vote_heads": heads,
         "count_thresholds": counted,
         "exact_normalizer": False,
+        "min_context": least,
     }
 
 
@@ -67,6 +70,11 @@ def skip_decode(threshold, counted=(), keys=64, heads=None):
             {"skip_softmax_threshold": 0, "skip_softmax_decode_threshold": 0.2},
             (None, None, skip_decode(0.2)),
         ),
+        (
+            {"skip_softmax_decode_threshold": 0.2, "min_context": "300"},
+            (None, skip(0.1, least=300), skip_decode(0.2, least=300)),
+        ),
+        ({"min_context": "auto"}, (None, skip(0.1, least=AUTO_MIN_CONTEXT), None)),
     ],
     ids=repr,
 )
@@ -108,6 +116,14 @@ def test_sparse_softmax_plans_n_of_m_and_nothing_where_n_is_m(fields, plan):
         (
             {"thresholds": {"prefill": [0, 0.1], "decode": [0, 0.2]}},
             (None, skip(None, counted=(0.1,)), skip_decode(None, (0.2,))),
+        ),
+        (
+            {"min_context": "auto"},
+            (
+                None,
+                skip(1e-3, least=AUTO_MIN_CONTEXT),
+                skip_decode(1e-4, least=AUTO_MIN_CONTEXT),
+            ),
         ),
     ],
     ids=repr,

@@ -38,6 +38,16 @@ def test_the_table_says_what_each_module_does():
     assert f"{sum(stats['visible'])}" in text
 
 
+def test_the_table_says_from_which_context_tiles_are_skipped():
+    model = mtsa.sparsify(
+        tiny.tiny_llama(),
+        {"sparse_cfg": {"*": {"method": "triton_skip_softmax", "min_context": "auto"}}},
+    )
+    logits(model)
+    assert "min_context=auto, 8192" in _printed(model)
+    assert all(entry["prefill"] is None for entry in mtsa.get_stats(model).values())
+
+
 def test_the_table_shows_decode_once_there_was_one():
     model = mtsa.sparsify(tiny.tiny_llama(), SKIP)
     assert "%" not in _printed(model)
