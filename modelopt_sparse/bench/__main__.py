@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from .break_even import advice, break_evens
+from .captured import Source, captured_cases
 from .cases import Case, Setting, smoke_cases, standard_cases
 from .decode_step import small_step_cases, step_cases
 from .inputs import Shape
@@ -23,6 +24,7 @@ from .serving import serving_cases, small_serving_cases
 from .timing import FULL, QUICK, Effort
 
 SMOKE = Effort(0.0, 3, 3)
+SMALL_LENGTHS = (300,)
 TABLE_WIDTH = 150
 
 
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = standard_cases() + serving_cases() + step_cases()
     if options.smoke:
         cases = smoke_cases() + small_serving_cases() + small_step_cases()
+    if options.model is not None:
+        source = Source(options.model, options.text)
+        cases += captured_cases(source, SMALL_LENGTHS) if options.smoke else captured_cases(source)
     cases = [case for case in cases if _is_chosen(case, options.only, options.without)]
     if options.list:
         for case in cases:
@@ -114,9 +119,19 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plots", type=Path, metavar="FOLDER", help="draw into that folder; needs matplotlib"
     )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="group captured: a checkpoint with its tokenizer",
+    )
+    parser.add_argument("--text", type=Path, metavar="PATH", help="and a text for it to read")
     parser.add_argument("--smoke", action="store_true", help="small cases on the CPU")
     parser.add_argument("--list", action="store_true", help="name the cases, run none")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if (options.model is None) != (options.text is None):
+        parser.error("--model and --text are given together")
+    return options
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class Case:
     build: Callable[[Setting], Trial] = field(compare=False)
 
 
-def _tokens(n: int) -> str:
+def tokens(n: int) -> str:
+    """A length as names of cases spell it."""
     return f"{n // 1024}k" if n % 1024 == 0 else str(n)
 
 
@@ -376,12 +377,10 @@ def standard_cases() -> list[Case]:
     """The table: bf16, 32 query heads, 8 KV heads, head_dim 128, causal, unless its name says otherwise."""
     k = 1024
     cases = [
-        Case("dense", f"dense-{_tokens(n)}", partial(dense, [n], beside_all=True))
+        Case("dense", f"dense-{tokens(n)}", partial(dense, [n], beside_all=True))
         for n in (4 * k, 16 * k)
     ]
-    cases += [
-        Case("overhead", f"skip0-{_tokens(n)}", partial(overhead, n)) for n in (4 * k, 16 * k)
-    ]
+    cases += [Case("overhead", f"skip0-{tokens(n)}", partial(overhead, n)) for n in (4 * k, 16 * k)]
     cases += [
         Case("skip", f"skip{share}-16k", partial(skip, 16 * k, share / 100))
         for share in (50, 75, 90, 95)
@@ -395,7 +394,7 @@ def standard_cases() -> list[Case]:
         for share in (50, 90)
     ]
     cases += [
-        Case("nm", f"nm{n}:{m}-{_tokens(length)}", partial(n_of_m, length, n, m))
+        Case("nm", f"nm{n}:{m}-{tokens(length)}", partial(n_of_m, length, n, m))
         for n, m in ((2, 4), (4, 8))
         for length in (4 * k, 16 * k)
     ]
@@ -405,13 +404,13 @@ def standard_cases() -> list[Case]:
         for share in (50, 75)
     ]
     for n in (2 * k, 8 * k, 32 * k, 64 * k, 128 * k):
-        cases.append(Case("others", f"length-{_tokens(n)}", partial(dense, [n])))
+        cases.append(Case("others", f"length-{tokens(n)}", partial(dense, [n])))
     for n in (8 * k, 64 * k, 128 * k):
-        cases.append(Case("others", f"length-skip75-{_tokens(n)}", partial(skip, n, 0.75)))
+        cases.append(Case("others", f"length-skip75-{tokens(n)}", partial(skip, n, 0.75)))
     for dim in (64, 256):
         for n in (4 * k, 16 * k):
             build = partial(_with_dim, dim, partial(dense, [n]))
-            cases.append(Case("others", f"dim{dim}-{_tokens(n)}", build))
+            cases.append(Case("others", f"dim{dim}-{tokens(n)}", build))
         build = partial(_with_dim, dim, partial(skip, 16 * k, 0.75))
         cases.append(Case("others", f"dim{dim}-skip75-16k", build))
     build = partial(_with_dim, 192, partial(dense, [16 * k]), value_dim=128)

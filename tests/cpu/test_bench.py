@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modelopt_sparse.bench import baselines, decode_step, measure, packages, serving, timing
 from modelopt_sparse.bench import cases as bench_cases
 from modelopt_sparse.bench.__main__ import main
+from modelopt_sparse.bench.captured import Source, capture, captured_cases
 from modelopt_sparse.bench.cases import Check, Setting, smoke_cases, standard_cases
 from modelopt_sparse.bench.checks import forward_error
 from modelopt_sparse.bench.decode_step import small_step_cases, step_cases
@@ -483,6 +486,42 @@ def test_packages_that_fail_are_unavailable_and_those_absent_are_left_out(monkey
     (make,) = packages.dense_packages(inputs).values()
     with pytest.raises(baselines.Unavailable, match="flashinfer: ModuleNotFoundError"):
         make()
+
+
+ROOT = Path(__file__).parent.parent.parent
+BUNDLED = Source(ROOT / "examples" / "tiny_lm" / "model", ROOT / "CHANGELOG.rst")
+
+
+def test_what_a_model_attends_to_is_captured_layer_by_layer():
+    """Attention over it is what the output projections of the model are given."""
+    inputs = capture(BUNDLED, 150, SMALL)
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED.model)
+    ids = tokenizer(BUNDLED.text.read_text(), return_tensors="pt").input_ids[:, :150]
+    attended = []
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: attended.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    out = attention_reference(inputs.q, inputs.k, inputs.v, inputs.seqs).out
+    assert len(inputs.lengths) == len(attended) == 8
+    torch.testing.assert_close(out.flatten(1), torch.cat([x[0] for x in attended]))
+
+
+def test_captured_cases_say_how_far_skipping_is_from_dense():
+    options = ["--smoke", "--only", "captured", "--text", str(BUNDLED.text)]
+    (case, *others) = captured_cases(BUNDLED, [300])
+    rows = measure(case, SMALL, BRIEF)
+    assert not any(row.failed for row in rows) and len(others) == 2
+    assert 0 < rows[0].sparsity < 1
+    assert "away from it" in rows[0].note
+    with pytest.raises(SystemExit):
+        main(options)
+
+
+def test_a_text_that_is_too_short_is_said():
+    with pytest.raises(ArgumentError, match="at least 1000000"):
+        capture(BUNDLED, 1_000_000, SMALL)
 
 
 def fake_module(monkeypatch, attention):
