@@ -6,7 +6,7 @@ All layers are sequences of one call, so that a small model fills a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from modelopt_sparse.errors import ArgumentError, describe
-from modelopt_sparse.kernels import Plan, SkipSoftmax, attention_varlen
+from modelopt_sparse.kernels import Plan, SkipSoftmax
 
 from . import baselines
-from .baselines import Peer
-from .cases import FLASH, OWN_DENSE, SDPA, Case, Check, Setting, Trial, tokens
+from .cases import (
+    FLASH,
+    OWN_DENSE,
+    SDPA,
+    Case,
+    Check,
+    Setting,
+    Trial,
+    forward,
+    own_dense,
+    skipped_share,
+    timed_forward,
+    tokens,
+)
 from .checks import forward_error, relative_error
 from .inputs import Inputs
 
@@ -73,7 +85,9 @@ def capture(source: Source, length: int, setting: Setting) -> Inputs:
     with torch.no_grad():
         model(ids.to(setting.device), use_cache=False, logits_to_keep=1)
     q, k, v = (torch.cat([x[0].transpose(0, 1) for x in of]) for of in zip(*found, strict=True))
-    return Inputs(q, k, v, (length,) * len(found))
+    layers = len(found)
+    found.clear()  # transformers keeps the function, and it keeps them
+    return Inputs(q, k, v, (length,) * layers)
 
 
 def captured_skip(source: Source, length: int, threshold: float, setting: Setting) -> Trial:
@@ -81,30 +95,21 @@ def captured_skip(source: Source, length: int, threshold: float, setting: Settin
     inputs = capture(source, length, setting)
     plan = Plan(skip=SkipSoftmax(threshold))
 
-    def run(plan: Plan, details: bool = False) -> Any:
-        return attention_varlen(
-            inputs.q, inputs.k, inputs.v, inputs.seqs, plan=plan, details=details
-        )
-
-    output, dense = run(plan, details=True), run(Plan()).out
-    assert output.prefill is not None
-    away = f"skipping is {relative_error(output.out, dense):.4f} away from it"
-    peers = {
-        OWN_DENSE: lambda: Peer(
-            partial(run, Plan()), lambda: run(Plan()).out, away, is_rival=False
-        ),
-    }
+    output = forward(inputs, plan, details=True)
+    distance = relative_error(output.out, forward(inputs).out)
+    note = f"skipping is {distance:.4f} away from it"
+    peers = {OWN_DENSE: lambda: replace(own_dense(inputs), note=note)}
     if setting.device.type == "cuda":
         peers[FLASH] = partial(baselines.flash_varlen, inputs)
     else:
         peers[SDPA] = partial(baselines.sdpa, inputs, None)
     return Trial(
         partial(forward_error, inputs),
-        partial(run, plan),
+        timed_forward(inputs, plan),
         lambda: Check(forward_error(inputs, output.out, output.kept), CAPTURED_ERROR),
         peers,
         inputs.flops(),
-        float(output.prefill.skipped[0].sum() / output.prefill.visible.sum()),
+        skipped_share(output),
     )
 
 

@@ -109,20 +109,22 @@ def tokens(n: int) -> str:
     return f"{n // 1024}k" if n % 1024 == 0 else str(n)
 
 
-def _forward(inputs: Inputs, plan: Plan = DENSE, details: bool = False) -> AttentionOutput:
+def forward(inputs: Inputs, plan: Plan = DENSE, details: bool = False) -> AttentionOutput:
+    """Our forward of the sequences of `inputs`."""
     q, k, v = inputs.q, inputs.k, inputs.v
     return attention_varlen(q, k, v, inputs.seqs, causal=inputs.causal, plan=plan, details=details)
 
 
-def _timed_forward(inputs: Inputs, plan: Plan = DENSE) -> Run:
-    """Without what is made once for a batch: the sequence offsets."""
+def timed_forward(inputs: Inputs, plan: Plan = DENSE) -> Run:
+    """The same to be timed, without what is made once for a batch: the sequence offsets."""
     return partial(
         attention_varlen, inputs.q, inputs.k, inputs.v, inputs.seqs, causal=inputs.causal, plan=plan
     )
 
 
-def _own_dense(inputs: Inputs) -> Peer:
-    return Peer(_timed_forward(inputs), lambda: _forward(inputs).out, is_rival=False)
+def own_dense(inputs: Inputs) -> Peer:
+    """Our own dense kernel."""
+    return Peer(timed_forward(inputs), lambda: forward(inputs).out, is_rival=False)
 
 
 def _sdpa_peers(
@@ -150,8 +152,8 @@ def dense(
     peers[PRODUCT] = partial(baselines.product_of, flops, setting.device, setting.dtype)
     return Trial(
         partial(forward_error, inputs),
-        _timed_forward(inputs),
-        lambda: Check(forward_error(inputs, _forward(inputs).out), DENSE_ERROR),
+        timed_forward(inputs),
+        lambda: Check(forward_error(inputs, forward(inputs).out), DENSE_ERROR),
         peers,
         flops,
     )
@@ -161,15 +163,15 @@ def overhead(length: int, setting: Setting) -> Trial:
     """Skipping in force, with a threshold that skips nothing."""
     inputs = plain([length], setting.shape, setting.device, setting.dtype)
     plan = Plan(skip=SkipSoftmax(SKIPS_NOTHING))
-    output = _forward(inputs, plan)
-    wrong = "" if _skipped(output) == 0 else f"skipped {_skipped(output):.1%} of tiles"
+    output = forward(inputs, plan)
+    wrong = "" if skipped_share(output) == 0 else f"skipped {skipped_share(output):.1%} of tiles"
     return Trial(
         partial(forward_error, inputs),
-        _timed_forward(inputs, plan),
+        timed_forward(inputs, plan),
         lambda: Check(forward_error(inputs, output.out), DENSE_ERROR, wrong),
-        {OWN_DENSE: partial(_own_dense, inputs), **_sdpa_peers(inputs, [CUDNN])},
+        {OWN_DENSE: partial(own_dense, inputs), **_sdpa_peers(inputs, [CUDNN])},
         inputs.flops(),
-        _skipped(output),
+        skipped_share(output),
     )
 
 
@@ -194,7 +196,7 @@ def skip_with_hot_rows(length: int, share: float, setting: Setting) -> Trial:
 def _skip(inputs: Inputs, setting: Setting) -> Trial:
     (length,) = inputs.lengths
     plan = Plan(skip=SkipSoftmax(THRESHOLD))
-    output = _forward(inputs, plan, details=True)
+    output = forward(inputs, plan, details=True)
 
     packages = skipping_packages(inputs) if setting.device.type == "cuda" else {}
 
@@ -205,11 +207,11 @@ def _skip(inputs: Inputs, setting: Setting) -> Trial:
 
     return Trial(
         partial(forward_error, inputs),
-        _timed_forward(inputs, plan),
+        timed_forward(inputs, plan),
         check,
-        {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs), **packages},
+        {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(own_dense, inputs), **packages},
         inputs.flops(),
-        _skipped(output),
+        skipped_share(output),
         length,
     )
 
@@ -248,28 +250,28 @@ def chunk(rows: int, length: int, share: float | None, setting: Setting) -> Tria
         check,
         peers,
         inputs.flops() * (1 - (1 - rows / length) ** 2),
-        None if share is None else _skipped(run(plan)),
+        None if share is None else skipped_share(run(plan)),
     )
 
 
 def tile_list(length: int, share: float, setting: Setting) -> Trial:
     """Forward over a given list of tiles: those that skip-softmax keeps of the same inputs."""
     inputs = dialled(length, share, setting.shape, setting.device, setting.dtype)
-    decided = _forward(inputs, Plan(skip=SkipSoftmax(THRESHOLD)), details=True)
+    decided = forward(inputs, Plan(skip=SkipSoftmax(THRESHOLD)), details=True)
     plan = Plan(tiles=decided.tiles)
 
     def check() -> Check:
-        out = _forward(inputs, plan).out
+        out = forward(inputs, plan).out
         error = forward_error(inputs, out, decided.kept)
         return Check(error, DENSE_ERROR, _miscounted(inputs, decided))
 
     return Trial(
         partial(forward_error, inputs),
-        _timed_forward(inputs, plan),
+        timed_forward(inputs, plan),
         check,
-        {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(_own_dense, inputs)},
+        {**_sdpa_peers(inputs, [CUDNN]), OWN_DENSE: partial(own_dense, inputs)},
         inputs.flops(),
-        _skipped(decided),
+        skipped_share(decided),
     )
 
 
@@ -277,13 +279,13 @@ def n_of_m(length: int, n: int, m: int, setting: Setting) -> Trial:
     """Forward with N:M sparsity."""
     inputs = plain([length], setting.shape, setting.device, setting.dtype)
     plan = Plan(nm=NMSparsity(n, m))
-    peers = {OWN_DENSE: partial(_own_dense, inputs)}
+    peers = {OWN_DENSE: partial(own_dense, inputs)}
     if setting.device.type == "cuda":
         peers[MODELOPT] = partial(baselines.modelopt, inputs, n, m)
     return Trial(
         partial(forward_error, inputs),
-        _timed_forward(inputs, plan),
-        lambda: Check(planned_error(inputs, _forward(inputs, plan).out, plan), NM_ERROR),
+        timed_forward(inputs, plan),
+        lambda: Check(planned_error(inputs, forward(inputs, plan).out, plan), NM_ERROR),
         peers,
         inputs.flops(),
     )
@@ -313,7 +315,7 @@ def training(length: int, share: float, setting: Setting) -> Trial:
     inputs = dialled(length, share, setting.shape, setting.device, setting.dtype)
     plan = Plan(skip=SkipSoftmax(THRESHOLD))
     leaves, d_out = _leaves(inputs)
-    decided = _forward(inputs, plan, details=True)
+    decided = forward(inputs, plan, details=True)
     seqs = inputs.seqs
 
     def step(plan: Plan) -> tuple[Tensor, ...]:
@@ -331,12 +333,12 @@ def training(length: int, share: float, setting: Setting) -> Trial:
         check,
         {
             OWN_DENSE: lambda: Peer(
-                partial(step, DENSE), lambda: _forward(inputs).out, is_rival=False
+                partial(step, DENSE), lambda: forward(inputs).out, is_rival=False
             ),
             **_sdpa_peers(inputs, [CUDNN], "both"),
         },
         3.5 * inputs.flops(),
-        _skipped(decided),
+        skipped_share(decided),
     )
 
 
@@ -348,7 +350,8 @@ def _leaves(inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     return (q, k, v), d_out
 
 
-def _skipped(output: AttentionOutput) -> float:
+def skipped_share(output: AttentionOutput) -> float:
+    """The share of visible tiles that prefill skipped."""
     assert output.prefill is not None
     return float(output.prefill.skipped[0].sum() / output.prefill.visible.sum())
 
@@ -360,8 +363,8 @@ def _miscounted(inputs: Inputs, output: AttentionOutput) -> str:
     counted = int(output.prefill.visible.sum() - output.prefill.skipped[0].sum())
     if kept != counted:
         return f"{kept} tiles kept, {counted} counted"
-    if abs(_skipped(output) - inputs.share) > DIAL_ERROR:
-        return f"skipped {_skipped(output):.1%}, dialled {inputs.share:.0%}"
+    if abs(skipped_share(output) - inputs.share) > DIAL_ERROR:
+        return f"skipped {skipped_share(output):.1%}, dialled {inputs.share:.0%}"
     return ""
 
 

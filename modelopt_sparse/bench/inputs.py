@@ -76,8 +76,8 @@ class Inputs:
     def flops(self) -> float:
         """Of one dense forward, multiplications and additions of the two products."""
         heads, dims = self.q.shape[1], self.q.shape[2] + self.v.shape[2]
-        both_halves = 1 if self.causal else 2
-        return sum(1.0 * both_halves * n * n * dims * heads for n in self.lengths)
+        each_pair = 1.0 if self.causal else 2.0  # of positions; causal ones see half of them
+        return sum(each_pair * n * n * dims * heads for n in self.lengths)
 
 
 def plain(

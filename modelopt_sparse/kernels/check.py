@@ -153,7 +153,7 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
     if skip.count_thresholds:
         counted = tuple(check_fraction("count_thresholds", x) for x in skip.count_thresholds)
     threshold = _resolved_threshold(skip.threshold, call)
-    least = skip.min_context and check_int("min_context", skip.min_context, least=0)
+    least = check_int("min_context", skip.min_context, least=0)
     if (threshold is None and not counted) or call.seqs.max_k < least:
         return None
     if threshold is not None and least:

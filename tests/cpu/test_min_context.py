@@ -59,7 +59,10 @@ def test_a_call_of_short_sequences_is_dense_and_counts_nothing(rows):
 
 
 @pytest.mark.parametrize("part", ["skip", "skip_decode"])
-@pytest.mark.parametrize(("value", "error"), [(-1, ArgumentError), ("8k", ArgumentTypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(-1, ArgumentError), *((x, ArgumentTypeError) for x in ("8k", "", None, False, 0.0))],
+)
 def test_other_contexts_are_refused(part, value, error):
     plan = plans(0.1, 0)
     plan = replace(plan, **{part: replace(getattr(plan, part), min_context=value)})
