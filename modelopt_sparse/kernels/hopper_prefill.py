@@ -18,7 +18,8 @@ from .tiles import SUPER_ROWS, slot_count
 
 # The tile of a warpgroup, which is a decision tile, and the channels of a box.
 _ROWS, _KEYS, _CHANNELS = 64, 128, 64
-_DIMS = ((64, 64), (128, 128), (192, 128))
+# Tiles of keys, and of values, that fit a program's shared memory, by head dims.
+_STAGES = {(64, 64): 4, (128, 128): 2, (192, 128): 2, (256, 256): 1}
 # Fewer rows of a page would be many small copies.
 _LEAST_PAGE = 16
 
@@ -49,7 +50,7 @@ def prefill_refusals(call: Call) -> Iterator[str]:
         yield "the GPU isn't one of compute capability 9.0"
     if q.dtype not in (torch.float16, torch.bfloat16) or k.dtype != q.dtype:
         yield f"{q.dtype} queries and {k.dtype} keys"
-    if (q.shape[-1], v.shape[-1]) not in _DIMS:
+    if (q.shape[-1], v.shape[-1]) not in _STAGES:
         yield f"head dims {q.shape[-1]} and {v.shape[-1]}"
     for name in ("mask", "bias", "bounds", "softcap"):
         if getattr(call, name) is not None:
@@ -94,7 +95,7 @@ def launch_hopper_prefill(call: Call, results: Results, only_prefill: bool) -> N
         HEAD_DIM=q.shape[-1],
         HEAD_DIM_V=v.shape[-1],
         PAGE=0 if call.block_tables is None else k.shape[1],
-        STAGES=4 if q.shape[-1] == 64 else 2,
+        STAGES=_STAGES[q.shape[-1], v.shape[-1]],
         CAUSAL=call.causal,
         HAS_LOWER_EDGE=call.window is not None,
         HAS_SINKS=call.sinks is not None,

@@ -64,6 +64,7 @@ PREFILL = (
     ("tiny_chunk", "fp16", (128, 128), (4, 2), {"skip": "given"}),
     ("tiny_rows", "bf16", (64, 64), (4, 2), {"skip": "exact", "sight": "window", "sinks": True}),
     ("tiny", "fp16", (192, 128), (4, 2), {"skip": "on", "gaps": True}),
+    ("tiny_chunk", "bf16", (256, 256), (4, 2), {"skip": "on", "gaps": True}),
 )
 DECODE = (
     ("tiny_decode", "bf16", (64, 64), (8, 1), {}),

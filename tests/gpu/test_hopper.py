@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 MEASURED = ("out", "lse", "dropped_mass", "dropped_mass_bound")
-DIMS = ((64, 64), (128, 128), (192, 128))
+DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 SIGHTS = {
     "causal": {},
     "all keys": {"sight": "full"},

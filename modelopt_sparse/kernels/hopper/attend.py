@@ -16,10 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import shrink
 from .places import limits_of, takes_part, tile_of
 from .sizes import CHANNELS, KEYS, ROWS, WARPS
 from .softmax import State, is_needed, leave_out, rescale, weigh
+from .store import Tallies, store
 from .votes import declare_votes
 
 
@@ -30,9 +30,6 @@ class Block(NamedTuple):
         start: position of the first warpgroup's first row; the sequence's are [first, first + n_q).
         n_k, window: keys of the sequence, and how many a row sees.
         first_row: of the sequence, in the packed tensors.
-        n_visits: of key tiles. full_top, full_bottom: the last and first of which every row sees every key,
-            and neither is a warpgroup's end.
-        ends: last and first key tile that each warpgroup's rows see.
     """
 
     start: Any
@@ -41,10 +38,6 @@ class Block(NamedTuple):
     n_k: Any
     window: Any
     first_row: Any
-    n_visits: Any
-    full_top: Any
-    full_bottom: Any
-    ends: Any
 
 
 class Rule(NamedTuple):
@@ -60,55 +53,26 @@ class Rule(NamedTuple):
     words: Any
 
 
-class Results(NamedTuple):
-    """Where results go: pointers, strides, and what else they need.
-
-    Args:
-        sink: log2 logit of the head's sink. v_scale: factor of the output.
-    """
-
-    out: Any
-    out_token: Any
-    out_head: Any
-    lse: Any
-    counts: Any
-    dropped_bound: Any
-    dropped: Any
-    head: Any
-    n_heads: Any
-    sink: Any
-    v_scale: Any
-
-
 class Work(NamedTuple):
     """What the visits of a warpgroup share.
 
     Args:
         zero: scores of zero.
         is_row, low, high: [64], whether there is such a row, and the keys [low, high) that it sees.
-        ends: of its rows, as in `Block`. has_rows: 1 if it has some.
+        has_rows: 1 if it has some.
         words: of its decisions.
     """
 
     zero: Any
     buffers: Any
     barriers: Any
-    order: Any
+    visits: Any
     rule: Any
     is_row: Any
     low: Any
     high: Any
-    ends: Any
     has_rows: Any
     words: Any
-
-
-class Tallies(NamedTuple):
-    """Tiles that were visible, and skipped, and bits of decisions that aren't stored yet, the last lowest."""
-
-    visible: Any
-    skipped: Any
-    pending: Any
 
 
 @gluon.jit
@@ -181,7 +145,7 @@ def judge(
     """Whether a tile is kept, its scores and largest scores, and the tallies with the decision.
 
     Args:
-        is_edge: rows may not see all keys of the tile, or the warpgroup may not take part in it.
+        is_edge: what `has_edge` tells.
     """
     if is_edge:
         score = hide(score, tile, takes, work, C)
@@ -192,7 +156,7 @@ def judge(
             raw_max * work.rule.factor, state.running, work.rule.threshold, work.is_row, HALF
         )
         seen = takes.to(gl.int32) & work.has_rows
-        is_last_of_word = is_edge | ((tile & 31) == 0) | (tile == work.order.bottom + 1)
+        is_last_of_word = is_edge | ((tile & 31) == 0) | (tile == work.visits.bottom + 1)
         tallies = tally(kept, seen, tile, is_last_of_word, tallies, work.words, C)
     return kept, score, raw_max, tallies
 
@@ -200,8 +164,54 @@ def judge(
 @gluon.jit
 def seek(visit, work, HALF: gl.constexpr, C: gl.constexpr):
     """The key tile of a visit, and whether it is the warpgroup's."""
-    tile = tile_of(visit, work.order, C)
-    return tile, takes_part(visit, tile, work.order, work.ends, HALF, C)
+    tile = tile_of(visit, work.visits, C)
+    return tile, takes_part(visit, tile, work.visits, HALF, C)
+
+
+@gluon.jit
+def has_edge(visit, tile, work, C: gl.constexpr):
+    """Whether rows may not see all keys of a tile, or the warpgroup may not take part in it."""
+    is_edge = tile > work.visits.full_top
+    if C.HAS_LOWER_EDGE or C.SKIP or C.GIVEN:
+        n_ends = work.visits.n_last + work.visits.n_first
+        is_edge = is_edge | (tile < work.visits.full_bottom) | (visit < n_ends)
+    return is_edge
+
+
+@gluon.jit
+def attend_in_turn(acc, state, tallies, work, HALF: gl.constexpr, C: gl.constexpr):
+    """All visits, each to its end. Sums of 256 channels leave no registers for the weights of another."""
+    factor = work.rule.factor
+    of_weights: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, k_width=2)
+    for visit in range(0, work.visits.n):
+        tile, takes = seek(visit, work, HALF, C)
+        is_idle = False
+        if C.GIVEN:
+            is_idle = takes == 0
+        if is_idle:
+            await_keys(visit, work, C)
+            release_keys(visit, work, C)
+            await_values(visit, work, C)
+        else:
+            product = start_scores(visit, work, HALF, C)
+            score = warpgroup_mma_wait(0, deps=(product,))
+            release_keys(visit, work, C)
+            kept, score, raw_max, tallies = judge(
+                score, tile, takes, has_edge(visit, tile, work, C), state, tallies, work, HALF, C
+            )
+            if kept != 0:
+                p, state, alpha = weigh(score, raw_max, factor, state, C)
+                acc = rescale(acc, alpha, HALF, C)
+                values = work.buffers.v.index(visit % C.STAGES)
+                weights = gl.convert_layout(p.to(values.dtype), of_weights)
+                await_values(visit, work, C)
+                adding = warpgroup_mma(weights, values, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(adding,))
+            else:
+                state = leave_out(score, raw_max, factor, state, C)
+                await_values(visit, work, C)
+        release_values(visit, work, C)
+    return acc, state, tallies
 
 
 @gluon.jit
@@ -230,19 +240,16 @@ def start_attending(acc, state, tallies, work, HALF: gl.constexpr, C: gl.constex
 
 @gluon.jit
 def attend_tiles(
-    acc, weights, kept, state, tallies, block, work, HALF: gl.constexpr, C: gl.constexpr
+    acc, weights, kept, state, tallies, work, HALF: gl.constexpr, C: gl.constexpr
 ):  # fmt: skip
     """All visits but the first. The values of one are added while the next is scored, and decided upon."""
     factor = work.rule.factor
     of_weights: gl.constexpr = weights.type.layout
-    n_ends = work.order.n_last + work.order.n_first
-    next_tile, next_takes = seek(gl.minimum(1, block.n_visits - 1), work, HALF, C)
-    for visit in range(1, block.n_visits):
+    next_tile, next_takes = seek(gl.minimum(1, work.visits.n - 1), work, HALF, C)
+    for visit in range(1, work.visits.n):
         tile, takes = next_tile, next_takes
-        next_tile, next_takes = seek(gl.minimum(visit + 1, block.n_visits - 1), work, HALF, C)
-        is_edge = tile > block.full_top
-        if C.HAS_LOWER_EDGE or C.SKIP or C.GIVEN:
-            is_edge = is_edge | (tile < block.full_bottom) | (visit < n_ends)
+        next_tile, next_takes = seek(gl.minimum(visit + 1, work.visits.n - 1), work, HALF, C)
+        is_edge = has_edge(visit, tile, work, C)
         before = work.buffers.v.index((visit - 1) % C.STAGES)
         is_idle = False
         if C.GIVEN:
@@ -303,7 +310,7 @@ def add_last(acc, weights, kept, visit, work, C: gl.constexpr):
 
 @gluon.jit
 def attend_rows(
-    block, order, rule, buffers, barriers, results, HALF: gl.constexpr, C: gl.constexpr
+    block, visits, rule, buffers, barriers, targets, HALF: gl.constexpr, C: gl.constexpr
 ):  # fmt: skip
     """One of the two warpgroups: attends for its rows, and stores what they come to."""
     declare_votes(HALF)
@@ -318,8 +325,8 @@ def attend_rows(
     high = gl.where(is_row, high, low)
     has_rows = ((begin + ROWS > block.first) & (begin < stop)).to(gl.int32)
     work = Work(
-        gl.full([ROWS, KEYS], 0.0, gl.float32, scores), buffers, barriers, order, rule,
-        is_row, low, high, block.ends[HALF], has_rows, rule.words[HALF],
+        gl.full([ROWS, KEYS], 0.0, gl.float32, scores), buffers, barriers, visits, rule,
+        is_row, low, high, has_rows, rule.words[HALF],
     )  # fmt: skip
     acc = gl.full([ROWS, C.HEAD_DIM_V], 0.0, gl.float32, sums)
     none = gl.full([ROWS], 0.0, gl.float32, of_score)
@@ -328,61 +335,12 @@ def attend_rows(
     n = begin * 0
     tallies = Tallies(n, n, n)
     mbarrier.wait(barriers.queries_there.index(HALF), 0)
-    if block.n_visits > 0:
+    if C.STAGES == 1:
+        acc, state, tallies = attend_in_turn(acc, state, tallies, work, HALF, C)
+    elif visits.n > 0:
         weights, kept, state, tallies = start_attending(acc, state, tallies, work, HALF, C)
         acc, weights, kept, state, tallies = attend_tiles(
-            acc, weights, kept, state, tallies, block, work, HALF, C
+            acc, weights, kept, state, tallies, work, HALF, C
         )
-        acc = add_last(acc, weights, kept, block.n_visits - 1, work, C)
-    store(acc, state, tallies, position - block.first + block.first_row, is_row, results, C)
-
-
-@gluon.jit
-def store(acc, state, tallies, row, is_row, results, C: gl.constexpr):
-    """Divides by the normaliser, and stores what rows come to, as `device.softmax.finish` does.
-
-    Args:
-        row: [64], where they lie in the packed tensors.
-    """
-    head, n_heads = results.head, results.n_heads
-    total = state.total
-    empty = total == 0.0
-    pivot = gl.where(empty, 0.0, state.pivot)
-    shrinks = total * 0 + 1
-    if C.HAS_SINKS:
-        high = gl.maximum(pivot, results.sink)
-        shrinks = gl.exp2(pivot - high)
-        total = total * shrinks + gl.exp2(results.sink - high)
-        pivot = high
-    whole = total
-    if C.EXACT:
-        whole = total + state.lost * shrinks
-    whole = gl.where(empty, 1.0, whole)
-    values = shrink(acc, gl.where(empty, 0.0, shrinks * results.v_scale / whole))
-    # Threads of a warp store rows as they lie, 16 bytes each.
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // C.HEAD_DIM_V, C.HEAD_DIM_V // 8], [WARPS, 1], [1, 0]
-    )
-    values = gl.convert_layout(values.to(results.out.dtype.element_ty), layout)
-    of_row: gl.constexpr = gl.SliceLayout(1, layout)
-    token = gl.convert_layout(row, of_row).to(gl.int64)
-    channel = gl.arange(0, C.HEAD_DIM_V, layout=gl.SliceLayout(0, layout))
-    pointers = results.out + head.to(gl.int64) * results.out_head + token * results.out_token
-    gl.store(
-        gl.expand_dims(pointers, 1) + gl.expand_dims(channel, 0),
-        values,
-        mask=gl.expand_dims(gl.convert_layout(is_row, of_row), 1),
-    )
-    entry = row.to(gl.int64) * n_heads + head
-    row_lse = gl.where(empty, float("-inf"), gl.log2(whole) + pivot)
-    gl.store(results.lse + entry, row_lse, mask=is_row)
-    if C.SKIP:
-        gl.atomic_add(results.counts + head, tallies.visible.to(gl.int64), sem="relaxed")
-        gl.atomic_add(results.counts + n_heads + head, tallies.skipped.to(gl.int64), sem="relaxed")
-        bound = state.bound * shrinks
-        share = gl.where(bound > 0, bound / (total + bound), 0.0)
-        gl.store(results.dropped_bound + entry, share, mask=is_row)
-        if C.WEIGH_SKIPPED:
-            lost = state.lost * shrinks
-            share = gl.where(lost > 0, lost / (total + lost), 0.0)
-            gl.store(results.dropped + entry, share, mask=is_row)
+        acc = add_last(acc, weights, kept, work.visits.n - 1, work, C)
+    store(acc, state, tallies, position - block.first + block.first_row, is_row, targets, C)

@@ -84,7 +84,7 @@ def _fetch_values(source, tile, target, there, C: gl.constexpr):
 def _clear(values, tile, source):
     """Clears the values of keys that no row sees: they may be NaN, and NaN times 0 is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    RUN: gl.constexpr = 16
+    RUN: gl.constexpr = 8
     PIECES: gl.constexpr = values.shape[1] // CHANNELS
     for first in gl.static_range(0, KEYS, RUN):
         key = tile * KEYS + first + gl.arange(0, RUN, layout=gl.SliceLayout(1, layout))
@@ -97,14 +97,14 @@ def _clear(values, tile, source):
 
 
 @gluon.jit
-def fetch(k_source, v_source, order, n_visits, buffers, barriers, C: gl.constexpr):
+def fetch(k_source, v_source, visits, buffers, barriers, C: gl.constexpr):
     """All values, and all keys but those of visit 0, in the order of visits, each when its stage is free."""
-    if n_visits > 0:
+    if visits.n > 0:
         n_cleared = 0
-        next_tile = tile_of(0, order, C)
-        for visit in range(0, n_visits):
+        next_tile = tile_of(0, visits, C)
+        for visit in range(0, visits.n):
             tile = next_tile
-            next_tile = tile_of(gl.minimum(visit + 1, n_visits - 1), order, C)
+            next_tile = tile_of(gl.minimum(visit + 1, visits.n - 1), visits, C)
             stage = visit % C.STAGES
             parity = visit // C.STAGES & 1 ^ 1
             if visit > 0:

@@ -1,4 +1,4 @@
-"""Which rows a program of the Hopper prefill kernel has, which keys these see, and in what order."""
+"""Which rows a program of the Hopper prefill kernel has, which keys these see, and in what visits."""
 
 from __future__ import annotations
 
@@ -13,20 +13,31 @@ _HEADS_TOGETHER = gl.constexpr(8)
 _SEARCH = gl.constexpr(128)
 
 
-class Order(NamedTuple):
-    """The key tiles of a program in the order of visits.
+class Visits(NamedTuple):
+    """The key tiles of a program, in the order in which its warpgroups visit them.
 
     Args:
+        n: how many.
         top, bottom: the last and first tile that a row sees.
+        full_top, full_bottom: the last and first of which every row sees every key, and which is neither
+            warpgroup's end.
+        ends: the last and first tile that the rows of each warpgroup see.
         n_last, n_first: where tiles are skipped: visits of the last and of the first tiles of the warpgroups,
             which come before all others.
+        first_key, stop_key: the keys [first, stop) that some row sees.
         given: pointers to a list of tiles and to its tags, where one is given.
     """
 
+    n: Any
     top: Any
     bottom: Any
+    full_top: Any
+    full_bottom: Any
+    ends: Any
     n_last: Any
     n_first: Any
+    first_key: Any
+    stop_key: Any
     given: Any
 
 
@@ -48,7 +59,8 @@ def _add(a, b):
 @gluon.jit
 def find_sequence(index, q_len, k_len, n_sequences, CAUSAL: gl.constexpr):
     """The sequence that owns super-block `index` of the call, and the block's number in that sequence."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    # Each warp searches for itself.
+    layout: gl.constexpr = gl.BlockedLayout([_SEARCH // 32], [32], [WARPS], [0])
     sequence = 0
     number = index
     before = 0
@@ -82,7 +94,7 @@ def limits_of(position, n_k, window, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def ends_of(start, first, last_row, top, bottom, n_k, window, C: gl.constexpr):
+def _ends_of(start, first, last_row, top, bottom, n_k, window, C: gl.constexpr):
     """The last and first key tile that a warpgroup's rows see; the program's where they see none."""
     begin = gl.maximum(start, first)
     end = gl.minimum(start + ROWS - 1, last_row)
@@ -95,33 +107,68 @@ def ends_of(start, first, last_row, top, bottom, n_k, window, C: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(visit, order, C: gl.constexpr):
+def visits_of(start, first, n_q, n_k, window, given, n_given, C: gl.constexpr):
+    """The visits of a program that has rows.
+
+    Args:
+        start: position of its first row; the sequence's are [first, first + n_q).
+        n_k, window: keys of the sequence, and how many a row sees.
+        given, n_given: a list of tiles, as in `Visits`, and its length.
+    """
+    last_row = gl.minimum(start + 128, first + n_q) - 1
+    first_key, full_high = limits_of(gl.maximum(start, first), n_k, window, C.CAUSAL)
+    full_low, stop_key = limits_of(last_row, n_k, window, C.CAUSAL)
+    top = (stop_key + KEYS - 1) // KEYS - 1
+    bottom = first_key // KEYS
+    full_top = gl.minimum(full_high // KEYS - 1, top)
+    full_bottom = gl.maximum((full_low + KEYS - 1) // KEYS, bottom)
+    last_0, first_0 = _ends_of(start, first, last_row, top, bottom, n_k, window, C)
+    last_1, first_1 = _ends_of(start + ROWS, first, last_row, top, bottom, n_k, window, C)
+    n = gl.maximum(top - bottom + 1, 0)
+    n_last = top * 0
+    n_first = top * 0
+    if C.GIVEN:
+        n = n_given
+    if C.SKIP:
+        least_last = gl.minimum(last_0, last_1)
+        greatest_first = gl.maximum(first_0, first_1)
+        n_last = gl.minimum(top - least_last + 1, n)
+        n_first = gl.where(top > bottom, greatest_first - bottom + 1, 0)
+        n = gl.maximum(n_last + n_first + top - bottom - 1, n_last)
+        full_top = gl.minimum(full_top, least_last - 1)
+        full_bottom = gl.maximum(full_bottom, greatest_first + 1)
+    ends = ((last_0, first_0), (last_1, first_1))
+    return Visits(
+        n, top, bottom, full_top, full_bottom, ends, n_last, n_first, first_key, stop_key, given
+    )  # fmt: skip
+
+
+@gluon.jit
+def tile_of(visit, visits, C: gl.constexpr):
     """The key tile of a visit: of a list, or last tiles, first tiles, then the rest from the end downward."""
     if C.GIVEN:
-        return gl.load(order.given[0] + visit).to(gl.int32)
+        return gl.load(visits.given[0] + visit).to(gl.int32)
     else:
-        n_ends = order.n_last + order.n_first
-        end = gl.where(visit < order.n_last, order.top - visit, order.bottom + visit - order.n_last)
-        rest = order.top - visit
+        n_ends = visits.n_last + visits.n_first
+        end = gl.where(
+            visit < visits.n_last, visits.top - visit, visits.bottom + visit - visits.n_last
+        )
+        rest = visits.top - visit
         if C.SKIP:
-            rest = order.top - 1 - (visit - n_ends)
+            rest = visits.top - 1 - (visit - n_ends)
         return gl.where(visit < n_ends, end, rest)
 
 
 @gluon.jit
-def takes_part(visit, tile, order, ends, HALF: gl.constexpr, C: gl.constexpr):
-    """Whether a visit's key tile is this warpgroup's: its last, its first, or between; or tagged as its own.
-
-    Args:
-        ends: the last and first key tile that its rows see.
-    """
+def takes_part(visit, tile, visits, HALF: gl.constexpr, C: gl.constexpr):
+    """Whether a visit's key tile is the warpgroup's: its last, its first, between; or tagged as its own."""
     if C.GIVEN:
-        return (gl.load(order.given[1] + visit).to(gl.int32) >> HALF & 1) != 0
+        return (gl.load(visits.given[1] + visit).to(gl.int32) >> HALF & 1) != 0
     elif C.SKIP:
-        last, first = ends
-        n_ends = order.n_last + order.n_first
-        is_last = (visit < order.n_last) & (tile == last)
-        is_first = (visit >= order.n_last) & (visit < n_ends) & (tile == first) & (tile < last)
+        last, first = visits.ends[HALF]
+        n_ends = visits.n_last + visits.n_first
+        is_last = (visit < visits.n_last) & (tile == last)
+        is_first = (visit >= visits.n_last) & (visit < n_ends) & (tile == first) & (tile < last)
         between = (visit >= n_ends) & (tile < last) & (tile > first)
         return is_last | is_first | between
     else:
