@@ -13,7 +13,17 @@ from modelopt_sparse.kernels import NMSparsity, Plan, ScoreGrid, Seqs, SkipSoftm
 from modelopt_sparse.kernels import SkipSoftmaxDecode as Decode
 from tests.gpu import calls
 from tests.gpu.build import Setup
-from tests.gpu.calls import DEVICE, KINDS, assert_same_bits, kind, needs_cuda, results, run, trained
+from tests.gpu.calls import (
+    DEVICE,
+    KINDS,
+    assert_same_bits,
+    kind,
+    needs_cuda,
+    results,
+    run,
+    trained,
+    without_hopper,
+)
 from tests.gpu.tiles import spans
 
 pytestmark = [needs_cuda, pytest.mark.xdist_group("large")]  # one after another
@@ -29,7 +39,8 @@ def small(dtype=torch.bfloat16, dim=128) -> tuple[torch.Tensor, ...]:
 
 PLANS = {
     "2:4": Plan(nm=NMSparsity(2, 4)),
-    "skip": Plan(skip=SkipSoftmax(0.9, 16, 16), skip_decode=Decode(0.9, 16, 64)),
+    "skip 16x16": Plan(skip=SkipSoftmax(0.9, 16, 16), skip_decode=Decode(0.9, 16, 64)),
+    "skip": Plan(skip=SkipSoftmax(0.9), skip_decode=Decode(0.9)),
 }
 
 
@@ -55,13 +66,16 @@ def test_the_last_sequences_of_more_than_2_31_elements_are_those_of_a_small_call
     assert not bool(found.out[: starts[0] : 1009].any())
 
 
+@pytest.mark.parametrize("is_portable", [False, True])
 @pytest.mark.parametrize("name", ["2:4", "skip", "given", "decode"])
-def test_strides_past_2_31_reach_the_right_rows(name):
+def test_strides_past_2_31_reach_the_right_rows(name, is_portable, monkeypatch):
+    if is_portable:
+        without_hopper(monkeypatch)
     setup = kind(name)
     wanted = trained(setup) if name != "decode" else results(run(setup))
     far = []
     for x in (setup.q, setup.k, setup.v):
-        step = OVER // (len(x) - 1) + 8
+        step = (OVER // (len(x) - 1) // 8 + 1) * 8  # descriptors take multiples of 16 bytes
         memory = x.new_full((step * len(x),), math.nan)
         view = memory.as_strided(x.shape, (step, x.shape[2], 1))
         view.copy_(x)
