@@ -77,6 +77,26 @@ PAGED_PREFILL_VARIANT, PAGED_DECODE_VARIANT = (
     {x: y for x, y in factors.items() if x not in ("strides", "gradients")} | PAGES
     for factors in (PREFILL_VARIANT, DECODE_VARIANT)
 )
+# What Hopper's prefill kernel takes. Keys lie in pages or in tensors of some strides.
+HOPPER_VARIANT = {
+    "dims": ((64, 64), (128, 128), (192, 128), (256, 256)),
+    "skip": ("none", "on", "exact", "given"),
+    "sight": ("causal", "full", "window"),
+    "strides": ("contiguous", "heads_first", "padded"),
+    "heads": HEADS,
+    "dtype": ("fp16", "bf16"),
+    "sinks": (False, True),
+    "gradients": (False, True),
+    "page": (0, 16, 32, 64, 128),
+    "layout": LAYOUTS,
+}
+HOPPER_RULES = (
+    Rule(("page", "gradients"), lambda page, wants: not (page and wants)),
+    Rule(("page", "strides"), lambda page, strides: not page or strides == "contiguous"),
+    Rule(("page", "layout"), lambda page, layout: page or layout == "nhd"),
+    Rule(("gradients", "layout"), lambda wants, layout: not wants or layout == "nhd"),
+    Rule(("strides", "layout"), lambda strides, layout: strides == "contiguous" or layout == "nhd"),
+)
 # Overlapping views have no gradient; they are one sequence's keys behind another's, without gaps.
 PREFILL_RULES = (
     Rule(("strides", "gradients"), lambda strides, wants: strides != "overlap" or not wants),
@@ -167,3 +187,9 @@ def paged_decode_cases() -> list[Case]:
     """As `decode_cases`, with keys in pages."""
     groups = grouped_rows(PAGED_DECODE_VARIANT, DECODE_RUN, per_group=4, total=160, seed=4)
     return _cases(groups, 900)
+
+
+def hopper_cases() -> list[Case]:
+    """Sequences that prefill, alone and among some that decode, by what Hopper's kernel takes."""
+    groups = grouped_rows(HOPPER_VARIANT, PREFILL_RUN, HOPPER_RULES, per_group=5, total=200, seed=5)
+    return _cases(groups, 1100)

@@ -10,9 +10,11 @@ import torch
 from modelopt_sparse.kernels import Phase, attention_paged, attention_varlen, explain
 from tests.gpu.build import build
 from tests.gpu.calls import DEVICE, assert_same_bits, needs_cuda, results, run, without_hopper
-from tests.gpu.cases import Case
+from tests.gpu.cases import HOPPER_RULES, HOPPER_VARIANT, PREFILL_RUN, Case, hopper_cases
 from tests.gpu.checks import check
+from tests.gpu.gradients import check_gradients
 from tests.paged import in_pages
+from tests.pairwise import uncovered
 
 pytestmark = [
     needs_cuda,
@@ -21,6 +23,7 @@ pytestmark = [
         reason="needs compute capability 9.0",
     ),
 ]
+CASES = hopper_cases() if torch.cuda.is_available() else []
 MEASURED = ("out", "lse", "dropped_mass", "dropped_mass_bound")
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 SIGHTS = {
@@ -42,8 +45,17 @@ def setup_of(plan: str, sight: str = "causal", dims=(128, 128), shape="ragged", 
     return build(replace(case, **changes), DEVICE)
 
 
-def assert_is_hoppers(setup) -> None:
-    choices = explain(attention_varlen, *setup.qkv, **setup.options, plan=setup.plan)
+def call_of(setup, page: int, layout: str):
+    """What computes a setup, over pages or none, and its arguments before the options."""
+    if not page:
+        return attention_varlen, setup.qkv
+    cache = in_pages(*setup.qkv[1:], page, layout)
+    return attention_paged, (setup.q, cache, setup.seqs)
+
+
+def assert_is_hoppers(setup, page: int = 0, layout: str = "nhd") -> None:
+    attend, arguments = call_of(setup, page, layout)
+    choices = explain(attend, *arguments, **setup.options, plan=setup.plan)
     kernels = {choice.kernel for choice in choices if choice.phase is Phase.PREFILL}
     assert kernels == {"hopper prefill"}, choices
 
@@ -66,25 +78,38 @@ def test_both_kernels_decide_alike(plan, sight, dims, monkeypatch):
         assert 0 < int(found["prefill.skipped"].sum()) < int(found["prefill.visible"].sum())
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("shape", ["single", "ragged", "chunk", "more_rows", "mixed"])
-@pytest.mark.parametrize("plan", PLANS)
-def test_it_is_as_near_to_the_reference_as_plain_attention(plan, shape, dtype):
-    setup = setup_of(plan, shape=shape, dtype=dtype)
-    assert_is_hoppers(setup)
-    check(setup, attention_varlen)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, id=x.name, marks=pytest.mark.xdist_group(f"variant{x.group}")) for x in CASES],
+)
+def test_a_call_is_as_near_to_the_reference_as_plain_attention(case):
+    setup = build(case, DEVICE)
+    assert_is_hoppers(setup, case.page, case.layout)
+
+    def attend(q, k, v, seqs, **options):
+        kernel, arguments = call_of(replace(setup, q=q, k=k, v=v), case.page, case.layout)
+        return kernel(*arguments, **options)
+
+    _, sheets = check(setup, attend)
+    if case.gradients:
+        check_gradients(setup, attention_varlen, sheets, case.seed)
+
+
+def test_every_two_levels_meet_in_200_cases():
+    factors = HOPPER_VARIANT | PREFILL_RUN
+    rows = [{name: getattr(case, name) for name in factors} for case in CASES]
+    assert not uncovered(rows, factors, HOPPER_RULES)
+    assert len({case.name for case in CASES}) == len(CASES) >= 200
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("plan", ["dense", "skip"])
 def test_pages_change_no_bit(plan, page):
     setup = setup_of(plan)
-    cache = in_pages(*setup.qkv[1:], page)
-    options = {**setup.options, "plan": setup.plan, "details": True}
-    (choice, *_) = explain(attention_paged, setup.q, cache, setup.seqs, **options)
-    assert choice.kernel == "hopper prefill", choice
+    assert_is_hoppers(setup, page)
+    attend, arguments = call_of(setup, page, "nhd")
     with torch.no_grad():
-        found = results(attention_paged(setup.q, cache, setup.seqs, **options))
+        found = results(attend(*arguments, **setup.options, plan=setup.plan, details=True))
         assert_same_bits(found, results(run(setup, details=True)))
 
 
