@@ -22,6 +22,7 @@ from .report import break_even_table, environment, said_of, save, save_csv, tabl
 from .run import Row, measure
 from .serving import serving_cases, small_serving_cases
 from .timing import FULL, QUICK, Effort
+from .whole_model import small_whole_model_cases, whole_model_cases
 
 SMOKE = Effort(0.0, 3, 3)
 SMALL_LENGTHS = (300,)
@@ -34,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
-    cases = standard_cases() + serving_cases() + step_cases()
+    cases = standard_cases() + serving_cases() + step_cases() + whole_model_cases()
     if options.smoke:
         cases = smoke_cases() + small_serving_cases() + small_step_cases()
+        cases += small_whole_model_cases()
     if options.model is not None:
         source = Source(options.model, options.text)
         cases += captured_cases(source, SMALL_LENGTHS) if options.smoke else captured_cases(source)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from modelopt_sparse.integrations.hf import ATTENTION_NAME, register
 from modelopt_sparse.integrations.masks import interval_mask
@@ -20,25 +16,14 @@ from modelopt_sparse.kernels import attention_varlen
 from .baselines import Peer
 from .cases import Case, Check, Setting, Trial
 from .checks import DENSE_ERROR, relative_error
+from .llama import Size, cache_of, captured, flops_of, random_llama
 from .timing import Times
-
-T = TypeVar("T")
 
 TRANSFORMERS, ALONE = "transformers' sdpa", "attention alone"
 LOGITS_ERROR = 0.05
 """Relative L2 error of logits: 0.014 for 32 layers in bf16, and 0.14 where 1 in 64 keys is left out."""
 SCORE = 0.5
 """Standard deviation of scores: low, or rounding grows from layer to layer."""
-WARM_UPS = 3
-
-
-@dataclass(frozen=True)
-class Size:
-    """A Llama's, but for its heads: by default that of Llama 3.1 8B."""
-
-    layers: int = 32
-    intermediate: int = 14336
-    vocabulary: int = 128256
 
 
 class Step:
@@ -50,32 +35,14 @@ class Step:
 
     def __init__(self, length: int, size: Size, setting: Setting) -> None:
         register()
-        shape, device = setting.shape, setting.device
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=size.vocabulary,
-            hidden_size=shape.q_heads * shape.head_dim,
-            intermediate_size=size.intermediate,
-            num_hidden_layers=size.layers,
-            num_attention_heads=shape.q_heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            max_position_embeddings=length,
-        )
-        # transformers' types say too little.
-        llama, static_cache = cast(Any, LlamaForCausalLM), cast(Any, StaticCache)
-        with torch.device(device):
-            self.model = llama._from_config(config, dtype=setting.dtype).eval()
+        device = setting.device
+        self.model = random_llama(length, size, setting)
         self.setting, self.length, self.size = setting, length, size
         self.token = torch.ones(1, 1, dtype=torch.int64, device=device)
-        self.cache = static_cache(config=config, max_cache_len=length)
-        with torch.no_grad():
-            self.model(self.token, past_key_values=self.cache)  # allocates
-        # One tensor, so that one kernel takes them all back.
-        self.filled = torch.zeros(size.layers, dtype=torch.int64, device=device)
+        self.cache, self.filled = cache_of(self.model, length)
+        config = self.model.config
         of_query = config.initializer_range * config.hidden_size**0.5
-        for index, layer in enumerate(self.cache.layers):
-            layer.cumulative_length = self.filled[index]
+        for layer in self.cache.layers:
             layer.keys.normal_(std=SCORE / of_query)
             # As many as attention averages, so that a few keys more or less show in the logits.
             layer.values.normal_(std=(length / math.exp(SCORE**2)) ** 0.5)
@@ -107,14 +74,6 @@ class Step:
             pack(query, layer.keys, layer.values, Visibility(mask)) for layer in self.cache.layers
         ]
 
-    def flops(self) -> float:
-        """Multiplications and additions of its products."""
-        shape = self.setting.shape
-        weights: int = sum(x.numel() for x in self.model.parameters())
-        weights -= self.model.get_input_embeddings().weight.numel()
-        scores = self.size.layers * shape.q_heads * self.length
-        return 2.0 * weights + 4.0 * scores * shape.head_dim
-
 
 def decode_step(length: int, size: Size, setting: Setting) -> Trial:
     """A step with our attention, beside one with transformers' own, and our kernels alone."""
@@ -140,32 +99,7 @@ def decode_step(length: int, size: Size, setting: Setting) -> Trial:
         TRANSFORMERS: lambda: Peer(theirs, theirs),
         ALONE: lambda: Peer(alone, compare=outside, is_rival=False),
     }
-    return Trial(error, ours, check, peers, step.flops())
-
-
-def captured(run: Callable[[], T], device: torch.device) -> Callable[[], T]:
-    """`run` as a CUDA graph, which returns the same tensors each time; on a CPU `run` itself.
-
-    A graph knows addresses alone: what is returned keeps `run` alive, and with it the tensors that it reads.
-    """
-    if device.type != "cuda":
-        return run
-    # It ships no types.
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            run()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
-
-    def replay(reads: Callable[[], T]) -> T:
-        graph.replay()
-        return found
-
-    return partial(replay, run)
+    return Trial(error, ours, check, peers, flops_of(step.model, 1, length))
 
 
 @torch.no_grad()

@@ -19,14 +19,20 @@ MOST_HEAD_START = 400
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds for all functions together, and bounds on the repetitions."""
+    """How long to measure: seconds for all functions together, and bounds on the repetitions.
+
+    Args:
+        patience: seconds after which fewer repetitions are enough than the least: 3, if that is fewer.
+    """
 
     seconds: float = 1.5
     least: int = 10
     most: int = 100
+    patience: float = 20.0
 
 
 QUICK = Effort(0.25, 3, 25)
+FEWEST = 3
 FULL = Effort()
 
 
@@ -53,8 +59,14 @@ def times_in_turn(runs: Sequence[Run], device: torch.device, effort: Effort) -> 
     one_round = _cuda_rounds if device.type == "cuda" else _cpu_rounds
     one_round(runs, device, 1)  # warm: compiles, tunes, allocates
     seconds = sum(map(sum, one_round(runs, device, 1))) / 1000
-    rounds = max(effort.least, min(effort.most, int(effort.seconds / max(seconds, 1e-6))))
-    return [Times.of(measured) for measured in one_round(runs, device, rounds)]
+    return [Times.of(measured) for measured in one_round(runs, device, rounds_of(effort, seconds))]
+
+
+def rounds_of(effort: Effort, seconds: float) -> int:
+    """Repetitions, where one of all functions takes so long."""
+    seconds = max(seconds, 1e-6)
+    least = min(effort.least, max(FEWEST, int(effort.patience / seconds)))
+    return max(least, min(effort.most, int(effort.seconds / seconds)))
 
 
 def _cpu_rounds(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:

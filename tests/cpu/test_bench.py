@@ -11,7 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modelopt_sparse.bench import baselines, decode_step, measure, packages, serving, timing
+from modelopt_sparse.bench import (
+    baselines,
+    decode_step,
+    measure,
+    packages,
+    serving,
+    timing,
+    whole_model,
+)
 from modelopt_sparse.bench import cases as bench_cases
 from modelopt_sparse.bench.__main__ import main
 from modelopt_sparse.bench.captured import Source, capture, captured_cases
@@ -28,7 +36,8 @@ from modelopt_sparse.bench.inputs import (
     plain,
 )
 from modelopt_sparse.bench.serving import caches, serving_cases, small_serving_cases
-from modelopt_sparse.bench.timing import Effort, Times, times_in_turn
+from modelopt_sparse.bench.timing import FULL, QUICK, Effort, Times, rounds_of, times_in_turn
+from modelopt_sparse.bench.whole_model import small_whole_model_cases, whole_model_cases
 from modelopt_sparse.errors import ArgumentError
 from modelopt_sparse.integrations import module_call
 from modelopt_sparse.kernels import (
@@ -135,7 +144,7 @@ def test_the_smoke_run_checks_and_times_every_kind_of_case(tmp_path, capsys):
     assert main(["--smoke", "--json", str(path)]) == 0
     data = json.loads(path.read_text())
     assert data["environment"]["torch"] == torch.__version__
-    every = standard_cases() + serving_cases() + step_cases()
+    every = standard_cases() + serving_cases() + step_cases() + whole_model_cases()
     assert {row["group"] for row in data["rows"]} == {case.group for case in every}
     for row in data["rows"]:
         assert not row["failed"]
@@ -224,9 +233,34 @@ def test_a_step_takes_the_same_token_each_time():
         assert before.abs().sum() > 0
 
 
+@pytest.mark.parametrize("case", small_whole_model_cases(), ids=lambda case: case.name)
+def test_a_model_attends_to_topics_and_skips_the_others(case, monkeypatch):
+    (row,) = measure(case, SMALL, BRIEF)
+    assert row.peer == decode_step.TRANSFORMERS and row.ratio > 0
+    assert row.error < 1e-3 and 0.3 < row.sparsity <= 0.5
+
+    monkeypatch.setattr(whole_model, "THRESHOLD", 1e-30)
+    (row,) = measure(case, SMALL, BRIEF)
+    assert row.failed and "skipped 0.0% of tiles, and 50% are of other topics" in row.note
+
+
+@pytest.mark.parametrize("case", small_whole_model_cases(), ids=lambda case: case.name)
+def test_wrong_logits_of_a_model_are_not_timed(case, monkeypatch):
+    real = module_call.attention_varlen
+
+    def twice(*args, **options):
+        output = real(*args, **options)
+        return replace(output, out=2 * output.out)
+
+    monkeypatch.setattr(module_call, "attention_varlen", twice)
+    (row,) = measure(case, SMALL, BRIEF)
+    assert row.failed and "is above 0.05" in row.note
+
+
 def test_names_of_cases_are_unique():
-    every = standard_cases() + serving_cases() + step_cases()
-    for cases in (every, smoke_cases() + small_serving_cases() + small_step_cases()):
+    every = standard_cases() + serving_cases() + step_cases() + whole_model_cases()
+    small = smoke_cases() + small_serving_cases() + small_step_cases() + small_whole_model_cases()
+    for cases in (every, small):
         assert len({case.name for case in cases}) == len(cases)
 
 
@@ -617,6 +651,23 @@ def test_model_optimizer_that_is_absent_or_fails_is_unavailable(monkeypatch):
 
 def _raise_import_error(name):
     raise ImportError(name)
+
+
+@pytest.mark.parametrize(
+    ("effort", "seconds", "rounds"),
+    [
+        (FULL, 1e-9, 100),
+        (FULL, 0.03, 50),
+        (FULL, 1.0, 10),
+        (FULL, 4.0, 5),
+        (FULL, 30.0, 3),
+        (QUICK, 1e-9, 25),
+        (QUICK, 30.0, 3),
+        (BRIEF, 30.0, 1),
+    ],
+)
+def test_what_takes_long_is_repeated_less_often(effort, seconds, rounds):
+    assert rounds_of(effort, seconds) == rounds
 
 
 def test_functions_are_called_in_turn():
