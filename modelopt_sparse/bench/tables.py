@@ -1,43 +1,116 @@
-"""``python -m modelopt_sparse.bench.tables rows.json``: saved rows as Markdown."""
+"""Saved rows as Markdown, alone or in the marked blocks of a document.
+
+``python -m modelopt_sparse.bench.tables rows.json`` prints every row;
+``python -m modelopt_sparse.bench.tables --into README.md`` writes blocks anew. A block begins with the line
+``<!-- bench: FILE GROUP... -->``, FILE seen from the document's folder, and ends with ``<!-- /bench -->``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from modelopt_sparse.errors import ArgumentError, describe
+
+from .baselines import COPY, PRODUCT
+from .cases import OWN_DENSE
 from .report import load
 from .run import Row
+
+BLOCK = re.compile(r"(<!-- bench: (\S+)((?: \S+)+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+HEADINGS = ("case", "others, the fastest first", "own dense", "bound", "skipped", "error")
 
 
 def markdown_of(where: dict[str, Any], rows: Sequence[Row]) -> str:
     """What was measured on, and a table for each group; in place of a ratio why there is none."""
-    lines = [", ".join(f"{name} {value}" for name, value in where.items() if value)]
+    lines = [_said(where)]
     for group, members in groupby(rows, key=lambda row: row.group):
-        lines += ["", f"| {group} | beside | ratio | skipped | error |", "|---|---|---|---|---|"]
+        lines += ["", *_table((group, "beside", "ratio", "skipped", "error"))]
         for row in members:
             ratio = row.note if row.ratio is None else f"{row.ratio:.2f}"
-            skipped = "" if row.sparsity is None else f"{row.sparsity:.1%}"
-            error = "" if row.error is None else f"{row.error:.4f}"
-            cells = row.case, row.peer, ratio, skipped, error
-            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+            lines.append(_line((row.case, row.peer, ratio, _share(row), _error(row))))
     return "\n".join(lines) + "\n"
+
+
+def summary_of(where: dict[str, Any], rows: Sequence[Row]) -> str:
+    """What was measured on, and a line a case: its ratios to others' kernels, own dense and a bound."""
+    lines = [_said(where), "", *_table(HEADINGS)]
+    for case, members in groupby(rows, key=lambda row: row.case):
+        timed = sorted((x for x in members if x.ratio is not None), key=lambda x: x.ratio or 0.0)
+        if timed:
+            rivals = ", ".join(f"{x.peer} {x.ratio:.2f}" for x in timed if x.is_rival)
+            own = "".join(f"{x.ratio:.2f}" for x in timed if x.peer == OWN_DENSE)
+            bounds = ", ".join(
+                f"{x.peer.partition(' ')[0]} {x.ratio:.2f}"
+                for x in timed
+                if x.peer in (COPY, PRODUCT)
+            )
+            lines.append(_line((case, rivals, own, bounds, _share(timed[0]), _error(timed[0]))))
+    return "\n".join(lines) + "\n"
+
+
+def refreshed(document: Path) -> str:
+    """The text of a document with its blocks written anew from their files.
+
+    Raises:
+        ArgumentError: a block names a group of which its file has no row.
+        OSError, ValueError, TypeError, KeyError: as `report.load`.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        begin, name, groups, end = found.groups()
+        where, rows = load(document.parent / name)
+        chosen = groups.split()
+        lacks = set(chosen) - {row.group for row in rows}
+        if lacks:
+            raise ArgumentError(describe("block", " ".join(sorted(lacks)), f"groups of {name}"))
+        return begin + "\n" + summary_of(where, [x for x in rows if x.group in chosen]) + "\n" + end
+
+    return BLOCK.sub(block, document.read_text())
+
+
+def _said(where: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in where.items() if value)
+
+
+def _table(headings: Sequence[str]) -> list[str]:
+    return [_line(headings), "|" + "---|" * len(headings)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _share(row: Row) -> str:
+    return "" if row.sparsity is None else f"{row.sparsity:.1%}"
+
+
+def _error(row: Row) -> str:
+    return "" if row.error is None else f"{row.error:.4f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 2 if there is no such file, or it holds no rows."""
-    paths = sys.argv[1:] if argv is None else argv
-    if len(paths) != 1:
-        print("usage: python -m modelopt_sparse.bench.tables ROWS.json", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m modelopt_sparse.bench.tables", description="Saved rows as Markdown."
+    )
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("rows", nargs="?", type=Path, help="what --json of the benchmark wrote")
+    chosen.add_argument("--into", type=Path, metavar="DOCUMENT", help="write its blocks anew")
+    options = parser.parse_args(argv)
     try:
-        where, rows = load(Path(paths[0]))
+        if options.into is not None:
+            options.into.write_text(refreshed(options.into))
+        else:
+            print(markdown_of(*load(options.rows)), end="")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        print(f"{paths[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{options.into or options.rows}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(markdown_of(where, rows), end="")
     return 0
 
 

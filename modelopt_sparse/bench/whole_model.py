@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import modelopt_sparse as mtsa
 from modelopt_sparse.integrations.hf import ATTENTION_NAME
+from modelopt_sparse.report import get_stats, reset_stats
+from modelopt_sparse.sparse_mode import sparsify
 
 from .baselines import Peer
 from .cases import Case, Check, Setting, Trial, tokens
@@ -53,7 +54,7 @@ class Prompted:
             "skip_softmax_threshold": THRESHOLD,
             "skip_softmax_decode_threshold": THRESHOLD,
         }
-        mtsa.sparsify(self.model, {"sparse_cfg": {"*": method}})
+        sparsify(self.model, {"sparse_cfg": {"*": method}})
         self.prefilled: Any = None
 
     @torch.no_grad()
@@ -67,7 +68,7 @@ class Prompted:
 
     def share(self, phase: str) -> float:
         """Tiles skipped since the last reset."""
-        counts = [each[phase] for each in mtsa.get_stats(self.model).values()]
+        counts = [each[phase] for each in get_stats(self.model).values()]
         skipped, visible = (
             sum(int(sum(c[name])) for c in counts) for name in ("skipped", "visible")
         )
@@ -100,7 +101,7 @@ def first_token(length: int, topics: int, size: Size, setting: Setting) -> Trial
     ours = partial(prompted.first_logits, ATTENTION_NAME)
     theirs = partial(prompted.first_logits, "sdpa")
     expected = theirs()
-    mtsa.reset_stats(prompted.model)
+    reset_stats(prompted.model)
     error = relative_error(ours(), expected)
     share = prompted.share("prefill")
     return Trial(
@@ -132,7 +133,7 @@ def next_token(length: int, topics: int, size: Size, setting: Setting) -> Trial:
         out: Tensor = model(token, past_key_values=cache).logits
         return out[0, -1]
 
-    mtsa.reset_stats(model)
+    reset_stats(model)
     step(ATTENTION_NAME)
     share = prompted.share("decode")
     ours, theirs = (captured(partial(step, x), setting.device) for x in (ATTENTION_NAME, "sdpa"))

@@ -6,6 +6,7 @@ import csv
 import io
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -174,8 +175,37 @@ def test_files_without_rows_are_refused(tmp_path, capsys, content):
 
 
 def test_tables_want_one_file(capsys):
-    assert tables.main([]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        tables.main([])
     assert "usage" in capsys.readouterr().err
+
+
+def test_blocks_of_a_document_are_written_from_their_file(tmp_path):
+    report.save(tmp_path / "rows.json", {"device": "a GPU"}, rows_of(0.85, 0.5))
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- bench: rows.json skip -->\nold\n<!-- /bench -->\nafter\n")
+    for _ in range(2):  # the second time there is nothing to change
+        assert tables.main(["--into", str(document)]) == 0
+        lines = document.read_text().splitlines()
+        assert lines[:3] == ["before", "<!-- bench: rows.json skip -->", ""]
+        assert lines[-2:] == ["<!-- /bench -->", "after"]
+        assert "| skip | fast 1.13, slow 1.67 | 1.33 |  | 50.0% | 0.0010 |" in lines
+        assert "old" not in lines
+
+
+def test_a_block_of_a_group_that_was_not_measured_is_refused(tmp_path, capsys):
+    report.save(tmp_path / "rows.json", {}, rows_of(0.85, 0.5))
+    document = tmp_path / "page.md"
+    text = "<!-- bench: rows.json skip decode -->\n<!-- /bench -->\n"
+    document.write_text(text)
+    assert tables.main(["--into", str(document)]) == 2
+    assert "decode" in capsys.readouterr().err and document.read_text() == text
+
+
+def test_figures_of_the_readme_are_those_of_the_committed_file():
+    readme = Path(__file__).parents[2] / "README.md"
+    assert tables.BLOCK.search(readme.read_text())
+    assert tables.refreshed(readme) == readme.read_text()
 
 
 def test_the_environment_names_commit_and_clocks(monkeypatch):
