@@ -18,10 +18,7 @@ class PhaseStats:
         """Adds one call's counts. A change of head count or thresholds starts over."""
         old = self.counts
         if old is not None and old.skipped.shape == counts.skipped.shape:
-            device = counts.visible.device
-            counts = TileCounts(
-                old.visible.to(device) + counts.visible, old.skipped.to(device) + counts.skipped
-            )
+            counts = old.to(counts.visible.device) + counts
         else:
             self.calls = 0
         self.calls += 1

@@ -125,6 +125,11 @@ def padded(n_thresholds: int) -> int:
     return power_of_two(n_thresholds) if n_thresholds else 0
 
 
+def first_bin(skip: SkipSoftmax | SkipSoftmaxDecode) -> int:
+    """The row of a call's counts at which the histogram begins."""
+    return 2 + padded(len(skip.count_thresholds))
+
+
 def counted_thresholds(skip: SkipSoftmax | SkipSoftmaxDecode | None) -> tuple[float, ...] | None:
     """log2 of further thresholds, padded with what skips nothing.
 

@@ -12,7 +12,7 @@ from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, Unsupported
 
 from .check_values import check_bool, check_int, check_number, check_tensor, is_readable
 from .pages import check_entries
-from .thresholds import check_fraction, check_threshold
+from .thresholds import check_factor, check_fraction, check_threshold
 from .tiles import slot_count, word_count
 from .types import (
     NMSparsity,
@@ -138,6 +138,7 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
         _check_tile_size("block_rows", skip.block_rows)
     _check_tile_size("block_keys", skip.block_keys)
     check_bool("exact_normalizer", skip.exact_normalizer)
+    check_bool("histogram", skip.histogram)
     if isinstance(skip, SkipSoftmaxDecode):
         check_int("segment_keys", skip.segment_keys, least=1)
         if skip.segment_keys % skip.block_keys:
@@ -153,15 +154,23 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
     if skip.count_thresholds:
         counted = tuple(check_fraction("count_thresholds", x) for x in skip.count_thresholds)
     threshold = _resolved_threshold(skip.threshold, call)
+    if skip.scale_factor is not None:
+        if skip.threshold is not None:
+            takes = "one of threshold and scale_factor"
+            raise ArgumentError(describe("scale_factor", "a threshold as well", takes))
+        threshold = _own_threshold(check_factor("scale_factor", skip.scale_factor), call)
     least = check_int("min_context", skip.min_context, least=0)
-    if (threshold is None and not counted) or call.seqs.max_k < least:
+    is_counted = bool(counted) or skip.histogram
+    if (threshold is None and not is_counted) or call.seqs.max_k < least:
         return None
     if threshold is not None and least:
         is_long = call.seqs.k_len[:, None] >= least
         threshold = torch.where(is_long, threshold, 0.0).to(torch.float32)
     if threshold is skip.threshold and not counted:
         return skip
-    return replace(skip, threshold=threshold, count_thresholds=counted, min_context=0)
+    return replace(
+        skip, threshold=threshold, count_thresholds=counted, min_context=0, scale_factor=None
+    )
 
 
 def _check_vote_heads(heads: Any, call: Call) -> None:
@@ -180,6 +189,14 @@ def _resolved_threshold(value: Any, call: Call) -> float | Tensor | None:
     batch, heads = call.seqs.q_len.shape[0], call.q.shape[1]
     check_threshold("threshold", value, batch, heads, call.q.device)
     return value
+
+
+def _own_threshold(factor: float, call: Call) -> Tensor | None:
+    """Each sequence's lambda by its own number of keys: fp32 [B, 1]; None where the factor is 0."""
+    if not factor:
+        return None
+    lengths = call.seqs.k_len.clamp(min=1)[:, None]
+    return (factor / lengths).clamp(max=1.0).to(torch.float32)
 
 
 def _check_tile_size(name: str, value: Any) -> None:

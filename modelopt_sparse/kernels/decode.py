@@ -134,6 +134,7 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         WEIGH_SKIPPED=skip is not None and (results.dropped is not None or exact),
         EXACT=exact,
         THRESHOLDS=arguments.padded(len(skip.count_thresholds)) if skip else 0,
+        HISTOGRAM=skip is not None and skip.histogram,
         HEADS=power_of_two(members),
         ALL_DECODE=call.phase is Phase.DECODE,
         IS_SPLIT=splits.count > 1,
@@ -163,7 +164,8 @@ def _launch_as(call: Call, results: Results, members: int, max_q: int, launch: L
         )  # fmt: skip
 
     if skip is not None:
-        run(replace(C, ONLY_SEEDS=True, STORE_TILES=False, THRESHOLDS=0, IS_SPLIT=False), 1)
+        seeds_of = replace(C, ONLY_SEEDS=True, STORE_TILES=False, IS_SPLIT=False)
+        run(replace(seeds_of, THRESHOLDS=0, HISTOGRAM=False), 1)
     run(C, splits.count)
     if splits.count > 1:
         merge(call, results, splits, max_q)

@@ -54,10 +54,11 @@ def flatten(call: Call) -> FlatCall:
         seqs.max_q, seqs.max_k, seqs.min_q, _PHASES.index(call.phase), int(call.causal), int(call.details),
         call.window or 0,
         *((nm.n, nm.m, nm.num_sink_tokens, nm.dense_window_size) if nm else (0, 0, 0, 0)),
-        *((skip.block_rows, skip.block_keys, int(skip.exact_normalizer)) if skip else (0, 0, 0)),
+        *((skip.block_rows, skip.block_keys, int(skip.exact_normalizer), int(skip.histogram))
+          if skip else (0, 0, 0, 0)),
         len(skip_counted),
-        *((decode.block_keys, decode.segment_keys, decode.vote_heads or 0, int(decode.exact_normalizer))
-          if decode else (0, 0, 0, 0)),
+        *((decode.block_keys, decode.segment_keys, decode.vote_heads or 0, int(decode.exact_normalizer),
+           int(decode.histogram)) if decode else (0, 0, 0, 0, 0)),
         *((tiles.block_rows or 0, tiles.block_keys) if tiles else (0, 0)),
         sum((x is not None) << i for i, x in enumerate(tensors)),
     ]  # fmt: skip
@@ -81,7 +82,8 @@ def unflatten(
     """The call that `flatten` took apart."""
     (
         max_q, max_k, min_q, in_phase, causal, details, window, n, m, num_sink_tokens, dense_window_size,
-        rows, keys, exact, n_counted, decode_keys, segment_keys, vote_heads, decode_exact,
+        rows, keys, exact, histogram, n_counted,
+        decode_keys, segment_keys, vote_heads, decode_exact, decode_histogram,
         given_rows, given_keys, present,
     ) = ints  # fmt: skip
     scale, softcap, v_scale, skip_number, decode_number, *counted = floats
@@ -96,12 +98,14 @@ def unflatten(
     skip = decode = tiles = None
     if keys:
         value = skip_number if skip_number != _NO_NUMBER else skip_tensor
-        skip = SkipSoftmax(value, rows, keys, tuple(counted[:n_counted]), bool(exact))
+        skip = SkipSoftmax(
+            value, rows, keys, tuple(counted[:n_counted]), bool(exact), histogram=bool(histogram)
+        )
     if decode_keys:
         value = decode_number if decode_number != _NO_NUMBER else decode_tensor
         decode = SkipSoftmaxDecode(
             value, decode_keys, segment_keys, vote_heads or None, tuple(counted[n_counted:]),
-            bool(decode_exact),
+            bool(decode_exact), histogram=bool(decode_histogram),
         )  # fmt: skip
     if words is not None:
         tiles = TileMap(words, seqs, bool(causal), given_rows or None, given_keys, phase)

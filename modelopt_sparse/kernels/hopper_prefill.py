@@ -62,6 +62,8 @@ def prefill_refusals(call: Call) -> Iterator[str]:
         yield f"decision tiles of {decides.block_rows} rows and {decides.block_keys} keys"
     if plan.skip is not None and plan.skip.count_thresholds:
         yield "further thresholds to count"
+    if plan.skip is not None and plan.skip.histogram:
+        yield "a histogram"
     if call.block_tables is not None and _rows_of_box(call) is None:
         yield f"pages of {k.shape[1]} tokens"
     layouts = [layout_of(x) for x in (q, k, v)]

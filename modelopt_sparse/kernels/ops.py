@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modelopt_sparse.errors import UnsupportedCall, describe
 
+from .arguments import first_bin
 from .backward import backward
 from .check import FP8, Call
 from .flat import flatten, unflatten
@@ -105,7 +106,8 @@ def _counts(
 ) -> TileCounts | None:
     if counts is None or skip is None:
         return None
-    return TileCounts(counts[0], counts[1 : 2 + len(skip.count_thresholds)])
+    histogram = counts[first_bin(skip) :] if skip.histogram else None
+    return TileCounts(counts[0], counts[1 : 2 + len(skip.count_thresholds)], histogram)
 
 
 @torch.library.custom_op("modelopt_sparse::attention_forward", mutates_args=())

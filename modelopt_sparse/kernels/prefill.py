@@ -32,8 +32,9 @@ def launch_prefill(call: Call, results: Results, *, only_prefill: bool = False) 
         # Only counted: the output stays that of the dense kernel, to the bit.
         _launch(call, scratch(results), only_prefill)
         call = call._replace(plan=replace(call.plan, skip=None))
-    elif skip is not None and skip.count_thresholds:
-        uncounted = call._replace(plan=replace(call.plan, skip=replace(skip, count_thresholds=())))
+    elif skip is not None and (skip.count_thresholds or skip.histogram):
+        only_in_force = replace(skip, count_thresholds=(), histogram=False)
+        uncounted = call._replace(plan=replace(call.plan, skip=only_in_force))
         if next(prefill_refusals(uncounted), None) is None:
             # What counts isn't what computes: the output stays that of the kernel that doesn't count.
             assert results.prefill is not None
@@ -101,6 +102,7 @@ def _launch_as(
         WEIGH_SKIPPED=skip is not None and (results.dropped is not None or skip.exact_normalizer),
         EXACT=skip is not None and skip.exact_normalizer,
         THRESHOLDS=arguments.padded(len(skip.count_thresholds)) if skip else 0,
+        HISTOGRAM=skip is not None and skip.histogram,
         ONLY_PREFILL=only_prefill,
         **arguments.features(call),
     )

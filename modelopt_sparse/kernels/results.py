@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import padded
+from .arguments import first_bin
 from .check import Call
+from .device.bins import BINS
 from .tiles import slot_count, word_count
 from .types import Phase, SkipSoftmax, SkipSoftmaxDecode
 
@@ -18,8 +19,8 @@ class Results(NamedTuple):
 
     Args:
         out: [Tq, Hq, Dv]; lse: [Tq, Hq] fp32, base 2.
-        prefill, decode: int64 [2 + padded count_thresholds, Hq]: tiles of a phase that are visible,
-            skipped, and that each further threshold would skip.
+        prefill, decode: int64 [2 + padded count_thresholds + bins, Hq]: tiles of a phase that are visible,
+            skipped, and that each further threshold would skip; and their histogram, where it is wanted.
         words, decode_words: decisions, as in `TileMap`.
         dropped, bound: [Tq, Hq] fp32, the dropped mass and its bound.
     """
@@ -50,7 +51,7 @@ def allocate(call: Call, keep_tiles: bool) -> Results:
     def counts(skip: SkipSoftmax | SkipSoftmaxDecode | None) -> Tensor | None:
         if skip is None:
             return None
-        shape = 2 + padded(len(skip.count_thresholds)), heads
+        shape = first_bin(skip) + BINS * skip.histogram, heads
         return q.new_empty(shape, dtype=torch.int64)
 
     skips = plan.skip is not None or plan.skip_decode is not None

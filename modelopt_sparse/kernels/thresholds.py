@@ -31,6 +31,17 @@ def check_fraction(name: str, value: object) -> float:
     return number or 0.0
 
 
+def check_factor(name: str, value: object) -> float:
+    """A scale factor: a finite number from 0 on."""
+    takes = "None, or a finite number from 0 on"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(describe(name, repr(value), takes))
+    number = as_float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ArgumentError(describe(name, repr(value), takes))
+    return number or 0.0
+
+
 def check_threshold(name: str, value: Tensor, batch: int, heads: int, device: torch.device) -> None:
     """A lambda given as a tensor: of the right dtype, device and shape.
 

@@ -164,6 +164,9 @@ class SkipSoftmax:
             Their scores then have a gradient too, through the sum.
         min_context: sequences of fewer keys keep every tile. A call without a longer one is dense: nothing
             is decided or counted.
+        histogram: count the tiles by the lambda at which they fall too: `TileCounts.histogram`.
+        scale_factor: in place of a threshold: lambda is this over the sequence's own number of keys, at
+            most 1. A longer sequence has more tiles that matter little.
     """
 
     threshold: float | Tensor | None
@@ -172,6 +175,8 @@ class SkipSoftmax:
     count_thresholds: tuple[float, ...] = ()
     exact_normalizer: bool = False
     min_context: int = 0
+    histogram: bool = False
+    scale_factor: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +184,8 @@ class SkipSoftmaxDecode:
     """Skip-softmax for sequences that decode: fixed segments of keys, each seeded by the last and first tile.
 
     Args:
-        threshold, count_thresholds, exact_normalizer, min_context: as for `SkipSoftmax`.
+        threshold, count_thresholds, exact_normalizer, min_context, histogram, scale_factor: as for
+            `SkipSoftmax`.
         block_keys: keys of a decision tile. segment_keys: keys of a segment, a multiple of ``block_keys``.
         vote_heads: query heads that vote together, with all their rows; a divisor of those that share a KV
             head. None: all of these. Fewer skip more, and each vote reads the keys for itself.
@@ -192,6 +198,8 @@ class SkipSoftmaxDecode:
     count_thresholds: tuple[float, ...] = ()
     exact_normalizer: bool = False
     min_context: int = 0
+    histogram: bool = False
+    scale_factor: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,10 +317,26 @@ class TileCounts:
     Args:
         visible: int64 [Hq], tiles in which at least one row sees a key.
         skipped: int64 [1 + len(count_thresholds), Hq]; row 0 is the threshold in force.
+        histogram: int64 [BINS, Hq], the visible tiles by the least lambda above which they are skipped,
+            where that was asked for. Bin 0: kept at every lambda. Bin b: from 2^(-b / 8) to 2^(-(b - 1) / 8).
+            The last bin: all below.
     """
 
     visible: Tensor
     skipped: Tensor
+    histogram: Tensor | None = None
+
+    def __add__(self, other: TileCounts) -> TileCounts:
+        """The tiles of both, of as many heads and thresholds."""
+        histogram = None
+        if self.histogram is not None and other.histogram is not None:
+            histogram = self.histogram + other.histogram
+        return TileCounts(self.visible + other.visible, self.skipped + other.skipped, histogram)
+
+    def to(self, device: torch.device) -> TileCounts:
+        """The same on a device."""
+        histogram = None if self.histogram is None else self.histogram.to(device)
+        return TileCounts(self.visible.to(device), self.skipped.to(device), histogram)
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,6 +95,7 @@ REFUSED = {
         {"plan": Plan(skip=SkipSoftmax(0.1, count_thresholds=(0.2,)))},
         "further thresholds to count",
     ),
+    "histogram": ({}, {"plan": Plan(skip=SkipSoftmax(None, histogram=True))}, "a histogram"),
 }
 
 

@@ -38,6 +38,10 @@ PLANS = {
         NMSparsity(4, 8), SkipSoftmax(LAMBDAS), SkipSoftmaxDecode(0.5, count_thresholds=(0.1, 1.0))
     ),
     "counted": Plan(skip=SkipSoftmax(None, count_thresholds=(0.5,))),
+    "histograms": Plan(
+        skip=SkipSoftmax(None, histogram=True),
+        skip_decode=SkipSoftmaxDecode(0.5, 16, 64, None, (0.1,), histogram=True),
+    ),
     "given": Plan(tiles=TILES),
 }
 OPTIONS = {

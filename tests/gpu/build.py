@@ -279,12 +279,16 @@ def make_plan(case: Case, rng, seqs: Seqs, exact: bool) -> Plan:
     if case.skip not in ("none", "given"):
         counted = all_counted if case.skip in ("counts", "count_only") else ()
         in_force = None if case.skip == "count_only" else threshold
-        skip = SkipSoftmax(in_force, *case.blocks, counted, case.skip == "exact")
+        skip = SkipSoftmax(
+            in_force, *case.blocks, counted, case.skip == "exact", histogram=bool(counted)
+        )
     if case.skip_decode != "none":
         counted = all_counted if case.skip_decode == "counts" else ()
         per_head, normalised = case.skip_decode == "per_head", case.skip_decode == "exact"
         vote_heads = 1 if per_head else None
-        decode = SkipSoftmaxDecode(threshold, *case.segments, vote_heads, counted, normalised)
+        decode = SkipSoftmaxDecode(
+            threshold, *case.segments, vote_heads, counted, normalised, histogram=bool(counted)
+        )
     return Plan(nm=nm, skip=skip, skip_decode=decode)
 
 

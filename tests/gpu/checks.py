@@ -133,7 +133,18 @@ def _check_counts(output: AttentionOutput, least, most, phase: Phase) -> int:
     where = (~between).nonzero().tolist()
     wanted = f"{low.skipped.tolist()} to {high.skipped.tolist()}"
     assert not where, f"{phase.value}: skipped {got.skipped.tolist()}, not {wanted}"
+    if low.histogram is not None:
+        _check_histogram(got.histogram, low.histogram, got.visible, phase)
     return int(got.visible.sum())
+
+
+def _check_histogram(got, wanted, visible, phase: Phase) -> None:
+    """Rounding moves a tile by less than a bin, and so to a neighbour at most."""
+    assert torch.equal(got.sum(0), visible), f"{phase.value}: histogram"
+    got, wanted = (x.cumsum(0) for x in (got, wanted))
+    assert bool((got[:-1] <= wanted[1:]).all() & (wanted[:-1] <= got[1:]).all()), (
+        f"{phase.value}: histogram {got.tolist()}, not {wanted.tolist()}"
+    )
 
 
 def _of_phase(setup: Setup, kept, phase: Phase) -> list:

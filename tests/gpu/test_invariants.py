@@ -18,6 +18,7 @@ from modelopt_sparse.kernels import (
     SkipSoftmaxDecode,
     attention_reference,
 )
+from modelopt_sparse.kernels.device.bins import BINS_PER_OCTAVE
 from tests.gpu.build import Setup
 from tests.gpu.calls import (
     DEVICE,
@@ -97,7 +98,8 @@ def test_counted_thresholds_count_what_separate_calls_skip(name):
     setup = kind(name, inputs="integers")
     thresholds = tuple(2.0**-i for i in range(5))
     base = 0.25
-    counts = counts_of(run(setup, plan=at(setup, threshold=base, count_thresholds=thresholds)))
+    how = {"threshold": base, "count_thresholds": thresholds, "histogram": True}
+    counts = counts_of(run(setup, plan=at(setup, **how)))
     plain = run(setup, plan=at(setup, threshold=base), details=True)
     assert counts.skipped.shape[0] == 1 + len(thresholds)
     assert torch.equal(counts.skipped[0], counts_of(plain).skipped[0])
@@ -105,6 +107,8 @@ def test_counted_thresholds_count_what_separate_calls_skip(name):
         own = counts_of(run(setup, plan=at(setup, threshold=threshold)))
         assert torch.equal(counts.skipped[1 + i], own.skipped[0]), threshold
         assert torch.equal(counts.visible, own.visible)
+        above = counts.histogram[i * BINS_PER_OCTAVE + 1 :]
+        assert torch.equal(counts.skipped[1 + i], above.sum(0)), threshold
     assert len({int(row.sum()) for row in counts.skipped}) > 2
 
 

@@ -27,6 +27,7 @@ class Variant:
         STORE_TILES: the decisions are stored, one bit each.
         LATE_VALUES: values are loaded only when a tile is kept.
         WEIGH_SKIPPED: the exponentials of skipped tiles are summed. EXACT: and join the normaliser.
+        HISTOGRAM: tiles are counted by the lambda at which they fall.
         THRESHOLDS: how many further thresholds are counted, rounded up to a power of two; 0 is none.
         ONLY_PREFILL: sequences of one row are another launch's. ONLY_DECODE: all others are.
         PRECISION: of fp32 products: "ieee" or "tf32".
@@ -61,6 +62,7 @@ class Variant:
     LATE_VALUES: bool = False
     WEIGH_SKIPPED: bool = False
     EXACT: bool = False
+    HISTOGRAM: bool = False
     THRESHOLDS: int = 0
     ONLY_PREFILL: bool = False
     ONLY_DECODE: bool = False

@@ -19,7 +19,13 @@ from modelopt_sparse.kernels.device.scores import (
 from modelopt_sparse.kernels.device.softmax import bound_of, rescale
 from modelopt_sparse.kernels.device.visits import ordered_tile, takes_part
 from modelopt_sparse.kernels.stages.nm import nm_select, nm_shielded
-from modelopt_sparse.kernels.stages.skip import bit_count, count_skipped, gather_tiles, vote
+from modelopt_sparse.kernels.stages.skip import (
+    add_to_histogram,
+    bit_count,
+    count_skipped,
+    gather_tiles,
+    vote,
+)
 
 
 @triton.jit
@@ -52,7 +58,7 @@ def attend(
         words: (pointer, step), where decisions are stored.
         grids: (mask, bias) as for `visible`.
         numbers: (n_k, factor, scale_log2, softcap, nm): `factor` makes log2 scores of C.IS_RAW ones.
-        skipping: (log2(lambda), further thresholds [THRESHOLDS]).
+        skipping: (log2(lambda), further thresholds [THRESHOLDS], histogram).
         IS_EDGE: in these tiles a row may not see a key, or not take part; else all rows see all keys.
     Returns:
         state.
@@ -64,7 +70,7 @@ def attend(
     given_tiles, given_groups = given
     mask, bias = grids
     n_k, factor, scale_log2, softcap, nm = numbers
-    threshold, counted = skipping
+    threshold, counted, histogram = skipping
     V_BY_BOX: tl.constexpr = C.BOXES and not IS_EDGE
     # With late values two programs share a multiprocessor, and there is no room for more at edges.
     STAGES: tl.constexpr = 1 if IS_EDGE and C.LATE_VALUES else C.STAGES
@@ -123,6 +129,8 @@ def attend(
                     below = count_skipped(
                         tile_max, running, counted, is_row, group, below, C.GROUPS, C.THRESHOLDS
                     )
+                if C.HISTOGRAM:
+                    add_to_histogram(tile_max, running, is_row, group, histogram, C.GROUPS)
                 if C.STORE_TILES:
                     # Beyond edges, tiles come one after the other: a word is stored when it is full.
                     is_full = True

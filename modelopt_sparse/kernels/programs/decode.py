@@ -29,7 +29,7 @@ from modelopt_sparse.kernels.device.scores import (
 from modelopt_sparse.kernels.device.sequence import first_key_of, first_position, row_limits
 from modelopt_sparse.kernels.device.softmax import LOG2_E, rescale
 from modelopt_sparse.kernels.device.visits import block_limits, seen_tiles, tile_limits
-from modelopt_sparse.kernels.stages.skip import count_skipped, vote
+from modelopt_sparse.kernels.stages.skip import add_to_histogram, count_skipped, vote
 
 from .merge import store_finished
 
@@ -117,7 +117,8 @@ def attend_decode(
         state: (acc [BLOCK_M, BLOCK_DV], total, running, bound, lost, local [BLOCK_M], tallies): as for
             `attend`, and the largest score since the segment began.
         rows: (low, high, is_row [BLOCK_M], first_key, stop_key, has_gaps), as for `attend`.
-        skipping: (seed, log2(lambda) [BLOCK_M], further thresholds [THRESHOLDS], tiles of a segment).
+        skipping: (seed, log2(lambda) [BLOCK_M], further thresholds [THRESHOLDS], histogram, tiles of a
+            segment).
         words: (pointers [HEADS], which exist, first tile): where the decisions of each head are stored.
         IS_EDGE: as for `seen_scores`.
     Returns:
@@ -127,7 +128,7 @@ def attend_decode(
     visible_tiles, skipped_tiles, below, word = tallies
     low, high, is_row, first_key, stop_key, has_gaps = rows
     factor = numbers[1]
-    seed, threshold, counted, segment_tiles = skipping
+    seed, threshold, counted, histogram, segment_tiles = skipping
     group = tl.arange(0, C.BLOCK_M) * 0
     # At edges there is little to load ahead, unless all tiles are.
     STAGES: tl.constexpr = 1 if IS_EDGE and not C.ONLY_EDGES else C.STAGES
@@ -150,6 +151,8 @@ def attend_decode(
                 below = count_skipped(
                     tile_max, known, counted, is_row, group, below, 1, C.THRESHOLDS
                 )
+            if C.HISTOGRAM:
+                add_to_histogram(tile_max, known, is_row, group, histogram, 1)
             if C.STORE_TILES:
                 word = word | (kept << (tile & 31))
                 if ((tile & 31) == 0) | (tile == words[2]):
@@ -332,7 +335,10 @@ def decode_kernel(
                 threshold = tl.full([C.BLOCK_M], 0.0, tl.float32) + log2_threshold
             if C.STORE_TILES:
                 tile_words = words + (sequence.to(tl.int64) * n_heads + members) * n_words
-        skipping = (seed, threshold, count_thresholds, segment_tiles)
+        histogram = (q_len, False, 0)
+        if C.HISTOGRAM:
+            histogram = (counts + (2 + C.THRESHOLDS) * n_heads + members, is_member, n_heads)
+        skipping = (seed, threshold, count_thresholds, histogram, segment_tiles)
         last_tile = first_tile + split_tiles - 1
         bottom = tl.maximum(bottom, first_tile)
         top = tl.minimum(top, last_tile)

@@ -158,7 +158,12 @@ def prefill_kernel(
     v_box = (v_boxes, box_row, box_page_rows, kv_head * v_box_columns)
     kv = (k, v, k_token, v_token, k_box, v_box, k_pages, v_pages, None)
     numbers = (n_k, factor, scale_log2, softcap, (num_sink_tokens, dense_window_size))
-    skipping = (log2_threshold, count_thresholds)
+    histogram = (q_len, False, 0)
+    if C.HISTOGRAM:
+        this_head = tl.arange(0, 1)
+        first_bin = counts + (2 + C.THRESHOLDS) * n_heads + head
+        histogram = (first_bin + this_head, this_head == 0, n_heads)
+    skipping = (log2_threshold, count_thresholds, histogram)
     none = tl.full([C.BLOCK_M], 0.0, tl.float32)
     tally = super_block * 0
     state = (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modelopt_sparse.kernels.check import Call
+from modelopt_sparse.kernels.device.bins import BINS
 from modelopt_sparse.kernels.types import (
     AttentionOutput,
     SkipSoftmax,
@@ -110,16 +111,16 @@ def _row_blocks(sequence: Sequence, rules: Rules) -> list[slice]:
 
 
 def _add_counts(total: TileCounts | None, blocks: list[Block], rules: Rules) -> TileCounts:
-    assert rules.log2_thresholds is not None
+    assert rules.log2_thresholds is not None and rules.skip is not None
     if total is None:
-        skipped = torch.zeros_like(rules.log2_thresholds, dtype=torch.int64)
-        total = TileCounts(skipped[0], skipped)
-    for block in blocks:
-        if block.visible is not None and block.skipped is not None:
-            total = TileCounts(
-                total.visible + block.visible.sum((-2, -1)),
-                total.skipped + block.skipped.sum((-2, -1)),
-            )
+        none = torch.zeros_like(rules.log2_thresholds, dtype=torch.int64)
+        heads = none.shape[1]
+        histogram = none.new_zeros(BINS, heads) if rules.skip.histogram else None
+        total = TileCounts(none[0], none, histogram)
+    for decisions in (block.decisions for block in blocks):
+        if decisions is not None:
+            visible, skipped = (x.sum((-2, -1)) for x in decisions[:2])
+            total += TileCounts(visible, skipped, decisions.histogram())
     return total
 
 
@@ -134,10 +135,11 @@ def _kept_tiles(blocks: list[Block], sequence: Sequence, rules: Rules) -> Tensor
         (heads, n_row_tiles, n_key_tiles), dtype=torch.bool, device=sequence.q.device
     )
     for block in blocks:
-        if block.visible is None or block.skipped is None:
+        if block.decisions is None:
             continue
+        visible, skipped, _ = block.decisions
         row = int(rules.row_tile(sequence, block.rows)[0])
         tile = block.first_key // rules.block_keys
-        stays = (block.visible & ~block.skipped[0])[..., : n_key_tiles - tile]
+        stays = (visible & ~skipped[0])[..., : n_key_tiles - tile]
         kept[:, row : row + stays.shape[1], tile : tile + stays.shape[2]] = stays
     return kept

@@ -13,6 +13,7 @@ from modelopt_sparse.kernels.types import SkipSoftmaxDecode
 from .nm import nm_hidden
 from .rules import Rules
 from .sequence import LOG2_E, Sequence
+from .skip import Decisions
 
 # Blocks begin at multiples of this on the key position: whole tiles of any permitted size.
 ALIGN = 128
@@ -27,8 +28,8 @@ class Block:
         out: [R, Hq, Dv]; lse: [R, Hq].
         dropped: [R, Hq], the share of the weight in skipped tiles; bound: at least that, from their
             maxima. None where nothing is skipped.
-        visible: bool [Hq, row tiles, T]; skipped: bool [1 + counted, Hq, row tiles, T]. None where
-            nothing is skipped or no key is visible.
+        decisions: under the threshold in force, then the counted; None where nothing is skipped or no key
+            is visible.
         first_key: position of the block's first key.
     """
 
@@ -37,8 +38,7 @@ class Block:
     lse: Tensor
     dropped: Tensor | None = None
     bound: Tensor | None = None
-    visible: Tensor | None = None
-    skipped: Tensor | None = None
+    decisions: Decisions | None = None
     first_key: int = 0
 
 
@@ -65,15 +65,16 @@ def attend_block(sequence: Sequence, rules: Rules, rows: slice) -> Block:
             x = x.masked_fill(~given.repeat_interleave(rules.block_keys, -1), -torch.inf)
         return x
 
-    visible = skipped = known = None
+    decisions = known = None
     kept = given
     if skip is not None:
         with torch.no_grad():
             known = scores()
-            visible, skipped = rules.decide(known, sequence, rows)
+            decisions = rules.decide(known, sequence, rows)
             if skip.threshold is not None:
                 tile = rules.row_tile(sequence, rows)
-                kept = (visible & ~skipped[0])[:, tile - tile[0]]  # [Hq, R, T]
+                stays = decisions.visible & ~decisions.skipped[0]
+                kept = stays[:, tile - tile[0]]  # [Hq, R, T]
     exact = skip is not None and skip.exact_normalizer
 
     def softmax_pv(v: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -90,7 +91,7 @@ def attend_block(sequence: Sequence, rules: Rules, rows: slice) -> Block:
     else:
         with torch.no_grad():
             out, lse, dropped, bound = softmax_pv(v)
-    return Block(rows, out, lse, dropped, bound, visible, skipped, keys.start)
+    return Block(rows, out, lse, dropped, bound, decisions, keys.start)
 
 
 def _softmax_pv(

@@ -13,7 +13,7 @@ from modelopt_sparse.kernels.thresholds import log2_threshold
 from modelopt_sparse.kernels.types import NMSparsity, Phase, SkipSoftmax, SkipSoftmaxDecode
 
 from .sequence import Sequence
-from .skip import decode_decisions, prefill_decisions, tile_maxima
+from .skip import Decisions, decode_decisions, prefill_decisions, tile_maxima
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +51,12 @@ class Rules:
         block_rows = skip.block_rows if isinstance(skip, SkipSoftmax) else None
         return cls(nm, skip, thresholds, None, block_rows, skip.block_keys)
 
-    def decide(self, scores: Tensor, sequence: Sequence, rows: slice) -> tuple[Tensor, Tensor]:
-        """Visible and skipped tiles of a row block.
+    def decide(self, scores: Tensor, sequence: Sequence, rows: slice) -> Decisions:
+        """What is decided about the tiles of a row block: under the threshold in force, then the counted.
 
         Args:
             scores: [Hq, R, N] after N:M; the first key is at a multiple of the tile (in decode, of the
                 segment).
-        Returns:
-            visible: bool [Hq, row tiles, T]. skipped: bool [1 + counted, Hq, row tiles, T].
         """
         skip, thresholds = self.skip, self.log2_thresholds
         assert skip is not None and thresholds is not None

@@ -8,8 +8,32 @@ tile follow from prefix maxima at once, and skip sets are nested in lambda.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from modelopt_sparse.kernels.device.bins import BINS, BINS_PER_OCTAVE
+
+
+class Decisions(NamedTuple):
+    """What is decided about the tiles of some rows, under each of n thresholds.
+
+    Args:
+        visible: bool [Hq, row tiles, T].
+        skipped: bool [n, Hq, row tiles, T].
+        bins: int64 [Hq, row tiles, T], in `TileCounts.histogram`; -1 where nothing is visible.
+    """
+
+    visible: Tensor
+    skipped: Tensor
+    bins: Tensor
+
+    def histogram(self) -> Tensor:
+        """How many tiles are in each bin: int64 [BINS, Hq]."""
+        flat = self.bins.flatten(1)  # [Hq, row tiles * T]
+        counts = flat.new_zeros(flat.shape[0], BINS + 1)
+        return counts.scatter_add_(1, flat + 1, torch.ones_like(flat))[:, 1:].T
 
 
 def tile_maxima(scores: Tensor, block_keys: int) -> Tensor:
@@ -17,40 +41,37 @@ def tile_maxima(scores: Tensor, block_keys: int) -> Tensor:
     return scores.view(*scores.shape[:-1], -1, block_keys).amax(-1)
 
 
-def any_row(flags: Tensor, row_tile: Tensor, n_row_tiles: int) -> Tensor:
-    """Whether any row of a row tile has the flag: [Hq, R, T] -> [Hq, n_row_tiles, T]."""
-    index = row_tile[:, None].expand(flags.shape)
-    votes = torch.zeros(
-        (flags.shape[0], n_row_tiles, flags.shape[2]), dtype=torch.uint8, device=flags.device
-    )
-    return votes.scatter_reduce(1, index, flags.to(torch.uint8), "amax").bool()
+def of_row_tiles(values: Tensor, row_tile: Tensor, n_row_tiles: int) -> Tensor:
+    """The largest of each row tile: [Hq, R, T] -> [Hq, n_row_tiles, T]."""
+    index = row_tile[:, None].expand(values.shape)
+    shape = values.shape[0], n_row_tiles, values.shape[2]
+    lowest = 0 if values.dtype == torch.uint8 else -torch.inf
+    return values.new_full(shape, lowest).scatter_reduce(1, index, values, "amax")
 
 
 def prefill_decisions(
     maxima: Tensor, row_tile: Tensor, n_row_tiles: int, log2_thresholds: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Decisions:
     """Decisions of sequences that prefill.
 
     Args:
         maxima: [Hq, R, T], from `tile_maxima`.
         row_tile: int64 [R], the row tile of each row, from 0.
         log2_thresholds: [n, Hq], n thresholds that decide independently.
-    Returns:
-        visible: bool [Hq, n_row_tiles, T].
-        skipped: bool [n, Hq, n_row_tiles, T].
     """
-    sees = maxima != -torch.inf
-    visible = any_row(sees, row_tile, n_row_tiles)
+
+    def any_row(flags: Tensor) -> Tensor:
+        return of_row_tiles(flags.to(torch.uint8), row_tile, n_row_tiles).bool()
+
+    visible = any_row(maxima != -torch.inf)
     order = visit_order(visible)[:, row_tile]  # [Hq, R, T]
     visited = maxima.gather(-1, order)
     before = torch.full_like(maxima, -torch.inf)
     before[..., 1:] = visited.cummax(-1).values[..., :-1]
     running = torch.empty_like(maxima).scatter_(-1, order, before)
-    skipped = [
-        visible & ~any_row(_vetoes(maxima, running, row), row_tile, n_row_tiles)
-        for row in log2_thresholds
-    ]
-    return visible, torch.stack(skipped)
+    skipped = [visible & ~any_row(_vetoes(maxima, running, row)) for row in log2_thresholds]
+    distances = of_row_tiles(_distances(maxima, running), row_tile, n_row_tiles)
+    return Decisions(visible, torch.stack(skipped), _bins(distances, visible))
 
 
 def visit_order(visible: Tensor) -> Tensor:
@@ -75,7 +96,7 @@ def visit_order(visible: Tensor) -> Tensor:
 
 def decode_decisions(
     maxima: Tensor, segment_tiles: int, voters: int, log2_thresholds: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Decisions:
     """Decisions of sequences that decode: fixed segments of tiles, visited downward from a seed.
 
     Each segment's running max starts from the max over the row's last and first visible tiles, so that no
@@ -87,7 +108,7 @@ def decode_decisions(
         voters: consecutive query heads that vote together, with all their rows.
         log2_thresholds: [n, Hq].
     Returns:
-        visible: bool [Hq, 1, T]. skipped: bool [n, Hq, 1, T].
+        of one row tile a head.
     """
     heads, rows, tiles = maxima.shape
     sees = maxima != -torch.inf
@@ -103,17 +124,29 @@ def decode_decisions(
     before[..., 1:] = downward.cummax(-1).values[..., :-1]
     running = torch.maximum(before.flip(-1).flatten(-2)[..., :tiles], seed)
 
-    def group_any(flags: Tensor) -> Tensor:
-        """[Hq, R, T] -> [Hq, 1, T], equal within each group of voters."""
-        groups = flags.reshape(heads // voters, voters * rows, tiles).any(1, keepdim=True)
+    def of_group(values: Tensor) -> Tensor:
+        """The largest of each group of voters: [Hq, R, T] -> [Hq, 1, T]."""
+        groups = values.reshape(heads // voters, voters * rows, tiles).amax(1, keepdim=True)
         return groups.repeat_interleave(voters, 0)
 
-    visible = group_any(sees)
-    skipped = [visible & ~group_any(_vetoes(maxima, running, row)) for row in log2_thresholds]
-    return visible, torch.stack(skipped)
+    visible = of_group(sees)
+    skipped = [visible & ~of_group(_vetoes(maxima, running, row)) for row in log2_thresholds]
+    distances = of_group(_distances(maxima, running))
+    return Decisions(visible, torch.stack(skipped), _bins(distances, visible))
 
 
 def _vetoes(maxima: Tensor, running: Tensor, log2_threshold: Tensor) -> Tensor:
     """Rows that see something in the tile and need it. A NaN anywhere compares false, so it vetoes."""
     below = maxima < running + log2_threshold.to(maxima.dtype)[:, None, None]
     return ~below & (maxima != -torch.inf)
+
+
+def _distances(maxima: Tensor, running: Tensor) -> Tensor:
+    """How far a row's largest score lies above its running max, log2: inf in its first tile, and for NaN."""
+    distance = (maxima - running).nan_to_num(torch.inf, torch.inf, -torch.inf)
+    return distance.masked_fill(maxima == -torch.inf, -torch.inf)
+
+
+def _bins(distances: Tensor, visible: Tensor) -> Tensor:
+    place = (-distances * BINS_PER_OCTAVE).ceil().clamp(0, BINS - 1).long()
+    return place.masked_fill(~visible, -1)

@@ -8,7 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from modelopt_sparse.kernels.device.bins import BINS, BINS_PER_OCTAVE
+
 _LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
+_BINS, _BINS_PER_OCTAVE = tl.constexpr(BINS), tl.constexpr(BINS_PER_OCTAVE)
 
 
 @triton.jit
@@ -62,6 +65,28 @@ def count_skipped(
             kept = tl.reduce(needs, 0, _either) >> tl.where(is_here, bit, 0)
             below -= tl.where(is_here, kept & 1, 0)
     return below
+
+
+@triton.jit
+def add_to_histogram(tile_max, running, is_row, group, histogram, GROUPS: tl.constexpr):
+    """Adds each row tile that sees a key there to the bin of the least lambda above which it skips the tile.
+
+    Args:
+        histogram: (pointers to the first bin of each head [HEADS], whether there is such a head, the step
+            from bin to bin).
+    """
+    first_bin, exists, step = histogram
+    sees = is_row & (tile_max != float("-inf"))
+    # Above every number in a row's first tile, and where a score is not a number.
+    distance = tile_max - running
+    distance = tl.where(distance == distance, distance, float("inf"))
+    distance = tl.where(sees, distance, float("-inf"))
+    for g in tl.static_range(GROUPS):
+        most = tl.max(tl.where(group == g, distance, float("-inf")), 0)
+        place = tl.minimum(tl.maximum(tl.ceil(-most * _BINS_PER_OCTAVE), 0.0), _BINS - 1.0)
+        is_seen = tl.max((sees & (group == g)).to(tl.int32), 0)
+        pointers = first_bin + place.to(tl.int32) * step
+        tl.atomic_add(pointers, exists.to(tl.int64) * is_seen, mask=exists, sem="relaxed")
 
 
 @triton.jit

@@ -1,0 +1,92 @@
+"""A scale factor: each sequence has a lambda of its own, by its own number of keys."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from modelopt_sparse.errors import ArgumentError, ArgumentTypeError
+from modelopt_sparse.kernels import (
+    Plan,
+    SkipSoftmax,
+    SkipSoftmaxDecode,
+    attention_reference,
+    attention_triton,
+)
+from tests.inputs import needs_interpreter, topical
+
+ENTRIES = [attention_reference, pytest.param(attention_triton, marks=needs_interpreter)]
+LENGTHS = [150, 400]
+ROWS = {"prefill": LENGTHS, "decode": [1, 1]}
+
+
+def plan_of(**skip) -> Plan:
+    threshold = skip.pop("threshold", None)
+    return Plan(
+        skip=SkipSoftmax(threshold, 16, 16, **skip),
+        skip_decode=SkipSoftmaxDecode(threshold, 16, 64, **skip),
+    )
+
+
+def inputs_of(phase: str):
+    return topical(ROWS[phase], LENGTHS, dim=16, strength=1.5, span=16, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("phase", ROWS)
+@pytest.mark.parametrize("attend", ENTRIES)
+def test_lambda_is_the_factor_over_the_own_length(attend, phase):
+    inputs = inputs_of(phase)
+    found = attend(*inputs.qkv, plan=plan_of(scale_factor=60.0), details=True)
+    lambdas = torch.tensor([[60.0 / n] for n in LENGTHS])
+    wanted = attend(*inputs.qkv, plan=plan_of(threshold=lambdas), details=True)
+    assert torch.equal(found.out, wanted.out)
+    assert all(map(torch.equal, found.kept, wanted.kept))
+    of_longest = attend(*inputs.qkv, plan=plan_of(threshold=60.0 / 400), details=True)
+    assert torch.equal(found.kept[1], of_longest.kept[1])
+    assert not torch.equal(found.kept[0], of_longest.kept[0])
+
+
+@pytest.mark.parametrize("phase", ROWS)
+def test_no_lambda_is_above_1_and_a_factor_of_0_is_dense(phase):
+    inputs = inputs_of(phase)
+    greatest = attention_reference(*inputs.qkv, plan=plan_of(scale_factor=1e9), details=True)
+    one = attention_reference(*inputs.qkv, plan=plan_of(threshold=1.0), details=True)
+    assert all(map(torch.equal, greatest.kept, one.kept))
+    dense = attention_reference(*inputs.qkv, plan=plan_of(scale_factor=0))
+    assert dense.prefill is dense.decode is None
+    assert torch.equal(dense.out, attention_reference(*inputs.qkv).out)
+
+
+def test_short_sequences_may_be_dense():
+    inputs = inputs_of("prefill")
+    found = attention_reference(
+        *inputs.qkv, plan=plan_of(scale_factor=60.0, min_context=200), details=True
+    )
+    wanted = attention_reference(*inputs.qkv, plan=plan_of(scale_factor=60.0), details=True)
+    assert torch.equal(found.kept[1], wanted.kept[1])
+    assert int(found.kept[0].sum()) == int((wanted.kept[0] | found.kept[0]).sum())
+    assert int(found.kept[0].sum()) > int(wanted.kept[0].sum())
+
+
+REFUSED = {
+    "negative": (-1.0, ArgumentError),
+    "nan": (math.nan, ArgumentError),
+    "infinite": (math.inf, ArgumentError),
+    "a bool": (True, ArgumentTypeError),
+    "text": ("40", ArgumentTypeError),
+}
+
+
+@pytest.mark.parametrize(("factor", "error"), REFUSED.values(), ids=REFUSED)
+def test_other_factors_are_refused(factor, error):
+    with pytest.raises(error, match="scale_factor: got"):
+        attention_reference(*inputs_of("prefill").qkv, plan=plan_of(scale_factor=factor))
+
+
+def test_a_threshold_beside_it_is_refused():
+    with pytest.raises(ArgumentError, match="one of threshold and scale_factor"):
+        attention_reference(
+            *inputs_of("prefill").qkv, plan=plan_of(scale_factor=2.0, threshold=0.1)
+        )
