@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
     },
     "report": {"integrations", "modes", "module", "module_state", "stats"},
+    "calibration": {"kernels"},
     "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip
 # Of other packages, what each part does without.

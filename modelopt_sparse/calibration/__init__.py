@@ -1,0 +1,1 @@
+"""From counts of tiles to thresholds."""

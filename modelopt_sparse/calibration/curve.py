@@ -1,0 +1,76 @@
+"""Which share of tiles each lambda skips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modelopt_sparse.errors import ArgumentError, describe
+from modelopt_sparse.kernels.device.bins import BINS, BINS_PER_OCTAVE
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The share of visible tiles that skip-softmax skips, by lambda.
+
+    Exact at the edges of the bins, which are 9 % of lambda apart; between them, linear in log(lambda).
+
+    Args:
+        counts: int64 [BINS], tiles of a histogram (`TileCounts.histogram`) or of several.
+    """
+
+    counts: Tensor
+
+    @classmethod
+    def of(cls, histograms: Iterable[Tensor]) -> Curve:
+        """The curve of all heads of histograms [BINS, Hq] together.
+
+        Raises:
+            ArgumentError: there are no tiles in them.
+        """
+        counts = sum((x.sum(1).cpu() for x in histograms), torch.zeros(BINS, dtype=torch.int64))
+        if not counts.sum():
+            raise ArgumentError(describe("histograms", "no tiles", "those of at least one call"))
+        return cls(counts)
+
+    @cached_property
+    def _edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """log2(lambda) and the share skipped there, both rising."""
+        falls_above = self.counts.flip(0).cumsum(0)[:-1]  # of the last bin, of the last two, ...
+        shares = falls_above.double() / self.counts.sum()
+        return -np.arange(BINS - 2, -1, -1) / BINS_PER_OCTAVE, shares.numpy()
+
+    @property
+    def most(self) -> float:
+        """What is skipped at lambda 1: no lambda skips more."""
+        return float(self._edges[1][-1])
+
+    def share(self, threshold: float) -> float:
+        """The share of tiles that fall at a lambda from 0 to 1."""
+        if not threshold:
+            return 0.0
+        return float(np.interp(math.log2(threshold), *self._edges))
+
+    def threshold(self, share: float) -> float:
+        """The least lambda that skips this share of tiles: 1 where none skips so much, 0 for nothing.
+
+        Raises:
+            ArgumentError: it is no share.
+        """
+        if not 0 <= share < 1:
+            raise ArgumentError(describe("share", share, "a number from 0 to 1, and not 1"))
+        edges, shares = self._edges
+        if share <= shares[0]:
+            return 0.0
+        if share >= shares[-1]:
+            return 1.0
+        # The last edge at which less is skipped, and the first at which as much is.
+        after = int(np.searchsorted(shares, share, "left"))
+        between = shares[after - 1 : after + 1], edges[after - 1 : after + 1]
+        return float(2.0 ** np.interp(share, *between))
