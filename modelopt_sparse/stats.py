@@ -15,9 +15,9 @@ class PhaseStats:
     counts: TileCounts | None = None
 
     def add(self, counts: TileCounts) -> None:
-        """Adds one call's counts. A change of head count or thresholds starts over."""
+        """Adds one call's counts. A change of what is counted, or of the head count, starts over."""
         old = self.counts
-        if old is not None and old.skipped.shape == counts.skipped.shape:
+        if old is not None and old.is_like(counts):
             counts = old.to(counts.visible.device) + counts
         else:
             self.calls = 0

@@ -16,7 +16,7 @@ from modelopt_sparse.kernels import attention_varlen
 from .baselines import Peer
 from .cases import Case, Check, Setting, Trial
 from .checks import DENSE_ERROR, relative_error
-from .llama import Size, cache_of, captured, flops_of, random_llama
+from .llama import PROJECTED, Size, cache_of, captured, flops_of, random_llama
 from .timing import Times
 
 TRANSFORMERS, ALONE = "transformers' sdpa", "attention alone"
@@ -40,10 +40,8 @@ class Step:
         self.setting, self.length, self.size = setting, length, size
         self.token = torch.ones(1, 1, dtype=torch.int64, device=device)
         self.cache, self.filled = cache_of(self.model, length)
-        config = self.model.config
-        of_query = config.initializer_range * config.hidden_size**0.5
         for layer in self.cache.layers:
-            layer.keys.normal_(std=SCORE / of_query)
+            layer.keys.normal_(std=SCORE / PROJECTED)
             # As many as attention averages, so that a few keys more or less show in the logits.
             layer.values.normal_(std=(length / math.exp(SCORE**2)) ** 0.5)
 

@@ -58,7 +58,7 @@ def random_llama(length: int, size: Size, setting: Setting) -> Any:
 
 @torch.no_grad()
 def cache_of(model: Any, length: int) -> tuple[Any, Tensor]:
-    """A static cache, zeros so far, and how many tokens each layer's holds: to be set before each step.
+    """A static cache to be filled, and how many tokens each layer's holds, to be set before each step.
 
     Returns:
         The cache, and int64 [layers]: one tensor, so that one kernel sets them all.

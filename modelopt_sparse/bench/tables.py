@@ -22,7 +22,10 @@ from .cases import OWN_DENSE
 from .report import load
 from .run import Row
 
-BLOCK = re.compile(r"(<!-- bench: (\S+)((?: \S+)+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+BEGIN, END = "<!-- bench:", "<!-- /bench -->"
+BLOCK = re.compile(
+    rf"({BEGIN} (\S+)((?: [\w-]+)+) -->\n)((?:(?!{BEGIN}).)*?)({END})", flags=re.DOTALL
+)
 HEADINGS = ("case", "others, the fastest first", "own dense", "bound", "skipped", "error")
 
 
@@ -38,12 +41,22 @@ def markdown_of(where: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def summary_of(where: dict[str, Any], rows: Sequence[Row]) -> str:
-    """What was measured on, and a line a case: its ratios to others' kernels, own dense and a bound."""
+    """What was measured on, and a line a case: its ratios to others' kernels, own dense and a bound.
+
+    Behind a ratio stands what is to be said of it; in place of all, why a case failed.
+    """
     lines = [_said(where), "", *_table(HEADINGS)]
     for case, members in groupby(rows, key=lambda row: row.case):
-        timed = sorted((x for x in members if x.ratio is not None), key=lambda x: x.ratio or 0.0)
-        if timed:
-            rivals = ", ".join(f"{x.peer} {x.ratio:.2f}" for x in timed if x.is_rival)
+        of_case = list(members)
+        timed = sorted((x for x in of_case if x.ratio is not None), key=lambda x: x.ratio or 0.0)
+        if not timed:
+            lines.append(_line((case, of_case[0].note, "", "", "", _error(of_case[0]))))
+        else:
+            rivals = ", ".join(
+                f"{x.peer} {x.ratio:.2f}" + f" ({x.note})" * bool(x.note)
+                for x in timed
+                if x.is_rival
+            )
             own = "".join(f"{x.ratio:.2f}" for x in timed if x.peer == OWN_DENSE)
             bounds = ", ".join(
                 f"{x.peer.partition(' ')[0]} {x.ratio:.2f}"
@@ -58,12 +71,13 @@ def refreshed(document: Path) -> str:
     """The text of a document with its blocks written anew from their files.
 
     Raises:
-        ArgumentError: a block names a group of which its file has no row.
+        ArgumentError: there is no block, or one has no end or no group, or names a group of which its file
+            has no row.
         OSError, ValueError, TypeError, KeyError: as `report.load`.
     """
 
     def block(found: re.Match[str]) -> str:
-        begin, name, groups, end = found.groups()
+        begin, name, groups, _, end = found.groups()
         where, rows = load(document.parent / name)
         chosen = groups.split()
         lacks = set(chosen) - {row.group for row in rows}
@@ -71,7 +85,15 @@ def refreshed(document: Path) -> str:
             raise ArgumentError(describe("block", " ".join(sorted(lacks)), f"groups of {name}"))
         return begin + "\n" + summary_of(where, [x for x in rows if x.group in chosen]) + "\n" + end
 
-    return BLOCK.sub(block, document.read_text())
+    text = document.read_text()
+    begun, whole = text.count(BEGIN), len(BLOCK.findall(text))
+    if not whole or begun != whole:
+        got, takes = (
+            f"{begun} begun, {whole} whole",
+            f"{BEGIN} FILE GROUP... --> to {END}, one or more",
+        )
+        raise ArgumentError(describe("blocks", got, takes))
+    return BLOCK.sub(block, text)
 
 
 def _said(where: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ class Effort:
     """How long to measure: seconds for all functions together, and bounds on the repetitions.
 
     Args:
-        patience: seconds after which fewer repetitions are enough than the least: 3, if that is fewer.
+        patience: seconds into which the least shall fit; where it doesn't, what does, and at least 3.
     """
 
     seconds: float = 1.5

@@ -14,10 +14,14 @@ from torch import Tensor
 
 from modelopt_sparse.integrations.hf import ATTENTION_NAME
 from modelopt_sparse.report import get_stats, reset_stats
-from modelopt_sparse.sparse_mode import sparsify
+from modelopt_sparse.sparse_mode import (
+    disable_sparse_attention,
+    enable_sparse_attention,
+    sparsify,
+)
 
 from .baselines import Peer
-from .cases import Case, Check, Setting, Trial, tokens
+from .cases import OWN_DENSE, Case, Check, Setting, Trial, tokens
 from .checks import relative_error
 from .decode_step import LOGITS_ERROR, TRANSFORMERS
 from .llama import Size, cache_of, captured, flops_of, random_llama
@@ -32,8 +36,8 @@ SIZE = 20.0
 """Root mean square of an embedding: what layers add shows in the logits, and doesn't hide the topic."""
 NOISE = 0.3
 """What is left of the random part of queries and keys."""
-LEAST_SHARE = 0.6
-"""Of the tiles of other topics, how many fall at least: a row's first and last tile are always kept."""
+LEAST_SHARE, MOST_SHARE = 0.6, 1.05
+"""Of the tiles of other topics, how many fall: those visited first stay, and those of two topics."""
 
 
 class Prompted:
@@ -55,14 +59,17 @@ class Prompted:
             "skip_softmax_decode_threshold": THRESHOLD,
         }
         sparsify(self.model, {"sparse_cfg": {"*": method}})
-        self.prefilled: Any = None
 
     @torch.no_grad()
-    def first_logits(self, attention: str) -> Tensor:
-        """Of the token after the prompt: [vocabulary]."""
+    def run(self, attention: str, is_sparse: bool = True, **inputs: Any) -> Any:
+        """What the model returns of some inputs, with an attention; ours may be sparse or dense."""
         self.model.set_attn_implementation(attention)
-        found = self.model(self.tokens, logits_to_keep=1)
-        self.prefilled = found.past_key_values
+        (enable_sparse_attention if is_sparse else disable_sparse_attention)(self.model)
+        return self.model(**inputs)
+
+    def first_logits(self, attention: str, is_sparse: bool = True) -> Tensor:
+        """Of the token after the prompt: [vocabulary]."""
+        found = self.run(attention, is_sparse, input_ids=self.tokens, logits_to_keep=1)
         out: Tensor = found.logits[0, -1]
         return out
 
@@ -99,7 +106,7 @@ def first_token(length: int, topics: int, size: Size, setting: Setting) -> Trial
     """From the prompt to the logits of the next token, not captured, as a user calls the model."""
     prompted = Prompted(length, topics, size, setting)
     ours = partial(prompted.first_logits, ATTENTION_NAME)
-    theirs = partial(prompted.first_logits, "sdpa")
+    own, theirs = partial(ours, is_sparse=False), partial(prompted.first_logits, "sdpa")
     expected = theirs()
     reset_stats(prompted.model)
     error = relative_error(ours(), expected)
@@ -108,7 +115,10 @@ def first_token(length: int, topics: int, size: Size, setting: Setting) -> Trial
         lambda logits: relative_error(logits, expected),
         ours,
         lambda: Check(error, LOGITS_ERROR, _misdialled(share, topics)),
-        {TRANSFORMERS: lambda: Peer(theirs, theirs)},
+        {
+            TRANSFORMERS: lambda: Peer(theirs, theirs),
+            OWN_DENSE: lambda: Peer(own, own, is_rival=False),
+        },
         flops_of(prompted.model, length, length),
         share,
     )
@@ -118,25 +128,28 @@ def next_token(length: int, topics: int, size: Size, setting: Setting) -> Trial:
     """A decode step over a full static cache, in a CUDA graph."""
     prompted = Prompted(length, topics, size, setting)
     model = prompted.model
-    expected = prompted.first_logits("sdpa")
     cache, filled = cache_of(model, length)
-    for layer, from_prompt in zip(cache.layers, prompted.prefilled.layers, strict=True):
-        layer.keys.copy_(from_prompt.keys)
-        layer.values.copy_(from_prompt.values)
-    prompted.prefilled = None
+    prefilled = prompted.run("sdpa", input_ids=prompted.tokens, logits_to_keep=1)
+    expected = prefilled.logits[0, -1]
+    for layer, of_prompt in zip(cache.layers, prefilled.past_key_values.layers, strict=True):
+        layer.keys.copy_(of_prompt.keys)
+        layer.values.copy_(of_prompt.values)
+    del prefilled
     token = prompted.tokens[:, -1:]
 
-    @torch.no_grad()
-    def step(attention: str) -> Tensor:
-        model.set_attn_implementation(attention)
+    def step(attention: str, is_sparse: bool = True) -> Tensor:
         filled.fill_(length - 1)
-        out: Tensor = model(token, past_key_values=cache).logits
-        return out[0, -1]
+        found = prompted.run(attention, is_sparse, input_ids=token, past_key_values=cache)
+        out: Tensor = found.logits[0, -1]
+        return out
 
     reset_stats(model)
     step(ATTENTION_NAME)
     share = prompted.share("decode")
-    ours, theirs = (captured(partial(step, x), setting.device) for x in (ATTENTION_NAME, "sdpa"))
+    ours, own, theirs = (
+        captured(partial(step, *how), setting.device)
+        for how in ((ATTENTION_NAME,), (ATTENTION_NAME, False), ("sdpa",))
+    )
 
     def error(logits: Tensor) -> float:
         return relative_error(logits, expected)
@@ -145,7 +158,10 @@ def next_token(length: int, topics: int, size: Size, setting: Setting) -> Trial:
         error,
         ours,
         lambda: Check(error(ours()), LOGITS_ERROR, _misdialled(share, topics)),
-        {TRANSFORMERS: lambda: Peer(theirs, theirs)},
+        {
+            TRANSFORMERS: lambda: Peer(theirs, theirs),
+            OWN_DENSE: lambda: Peer(own, own, is_rival=False),
+        },
         flops_of(model, 1, length),
         share,
     )
@@ -153,7 +169,7 @@ def next_token(length: int, topics: int, size: Size, setting: Setting) -> Trial:
 
 def _misdialled(share: float, topics: int) -> str:
     others = 1 - 1 / topics
-    if LEAST_SHARE * others <= share <= others:
+    if LEAST_SHARE * others <= share <= MOST_SHARE * others:
         return ""
     return f"skipped {share:.1%} of tiles, and {others:.0%} are of other topics"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,22 +40,23 @@ class Curve:
         return cls(counts)
 
     @cached_property
-    def _edges(self) -> tuple[np.ndarray, np.ndarray]:
+    def _edges(self) -> tuple[list[float], list[float]]:
         """log2(lambda) and the share skipped there, both rising."""
         falls_above = self.counts.flip(0).cumsum(0)[:-1]  # of the last bin, of the last two, ...
-        shares = falls_above.double() / self.counts.sum()
-        return -np.arange(BINS - 2, -1, -1) / BINS_PER_OCTAVE, shares.numpy()
+        shares: list[float] = (falls_above.double() / self.counts.sum()).tolist()
+        return [-edge / BINS_PER_OCTAVE for edge in range(BINS - 2, -1, -1)], shares
 
     @property
     def most(self) -> float:
         """What is skipped at lambda 1: no lambda skips more."""
-        return float(self._edges[1][-1])
+        return self._edges[1][-1]
 
     def share(self, threshold: float) -> float:
-        """The share of tiles that fall at a lambda from 0 to 1."""
-        if not threshold:
+        """The share of tiles that fall at a lambda from 0 to 1; 0 below the last edge, 2^-31.75."""
+        edges, shares = self._edges
+        if not threshold or math.log2(threshold) < edges[0]:
             return 0.0
-        return float(np.interp(math.log2(threshold), *self._edges))
+        return _interpolated(math.log2(threshold), edges, shares)
 
     def threshold(self, share: float) -> float:
         """The least lambda that skips this share of tiles: 1 where none skips so much, 0 for nothing.
@@ -66,11 +67,17 @@ class Curve:
         if not 0 <= share < 1:
             raise ArgumentError(describe("share", share, "a number from 0 to 1, and not 1"))
         edges, shares = self._edges
-        if share <= shares[0]:
+        if share == 0:
             return 0.0
-        if share >= shares[-1]:
+        if share > shares[-1]:
             return 1.0
-        # The last edge at which less is skipped, and the first at which as much is.
-        after = int(np.searchsorted(shares, share, "left"))
-        between = shares[after - 1 : after + 1], edges[after - 1 : after + 1]
-        return float(2.0 ** np.interp(share, *between))
+        return math.exp2(_interpolated(share, shares, edges))
+
+
+def _interpolated(x: float, xs: list[float], ys: list[float]) -> float:
+    """y at x, linear between the first point that isn't below x and the one before; there are such points."""
+    after = bisect_left(xs, x)
+    if after == 0:
+        return ys[0]
+    part = (x - xs[after - 1]) / (xs[after] - xs[after - 1])
+    return ys[after - 1] + part * (ys[after] - ys[after - 1])

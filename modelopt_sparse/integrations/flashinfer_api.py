@@ -35,7 +35,7 @@ from .flashinfer_arguments import (
     scale_of,
     seqs_of,
     sinks_of,
-    threshold_of,
+    skipping_of,
     window_of,
 )
 
@@ -98,14 +98,14 @@ def trtllm_batch_context_with_kv_cache(
     Source: FlashInfer 0.7, flashinfer/prefill.py.
     """
     refuse(o_sf_scale=o_sf_scale, o_sf_vec_size=o_sf_vec_size, kv_cache_sf=kv_cache_sf)
-    threshold = threshold_of(skip_softmax_threshold_scale_factor, skip_softmax_threshold, seq_lens)
+    skipping = skipping_of(skip_softmax_threshold_scale_factor, skip_softmax_threshold, seq_lens)
     check_batch(batch_size, seq_lens)
     cache = paged(kv_cache, block_tables, kv_layout, uses_shared_paged_kv_idx)
     found = attention_paged(
         query,
         cache,
         seqs_of(cum_seq_lens_q, seq_lens, max_q_len, max_kv_len, cache),
-        **_prefill(causal, bmm1_scale, window_left, sinks, threshold),
+        **_prefill(causal, bmm1_scale, window_left, sinks, skipping),
     )
     return result_of(found, query.shape[:1], bmm2_scale, out, out_dtype, lse, return_lse)
 
@@ -156,9 +156,9 @@ def trtllm_batch_decode_with_kv_cache(
     Returns, Raises: as `trtllm_batch_context_with_kv_cache`.
     Source: FlashInfer 0.7, flashinfer/decode.py.
     """
-    threshold = threshold_of(skip_softmax_threshold_scale_factor, skip_softmax_threshold, seq_lens)
+    skipping = skipping_of(skip_softmax_threshold_scale_factor, skip_softmax_threshold, seq_lens)
     refuse_beside_skipping(
-        threshold, enable_block_sparse_attention=enable_block_sparse_attention or None
+        skipping, enable_block_sparse_attention=enable_block_sparse_attention or None
     )
     refuse(
         o_sf_scale=o_sf_scale,
@@ -171,7 +171,7 @@ def trtllm_batch_decode_with_kv_cache(
     cum_seq_lens_q, max_q_len = row_starts(
         query.shape[0], seq_lens, q_len_per_req, cum_seq_lens_q, max_q_len
     )
-    skip = None if threshold is None else SkipSoftmaxDecode(threshold, vote_heads=vote_heads)
+    skip = None if skipping is None else SkipSoftmaxDecode(**skipping, vote_heads=vote_heads)
     found = attention_paged(
         query,
         cache,
@@ -228,7 +228,7 @@ def trtllm_ragged_attention_deepseek(
         takes = "192 and 128, 128 and 128, or 256 and 256"
         raise ArgumentError(describe("query", f"head dims {dims[0]} and {dims[1]}", takes))
     check_batch(batch_size, seq_lens)
-    threshold = threshold_of(skip_softmax_threshold_scale_factor, skip_softmax_threshold, seq_lens)
+    skipping = skipping_of(skip_softmax_threshold_scale_factor, skip_softmax_threshold, seq_lens)
     q_start = cum_seq_lens_q[:-1]
     seqs = Seqs(
         q_start, cum_seq_lens_q[1:] - q_start, cum_seq_lens_kv[:-1], seq_lens, max_q_len, max_kv_len
@@ -238,7 +238,7 @@ def trtllm_ragged_attention_deepseek(
         key,
         value,
         seqs,
-        **_prefill(is_causal, bmm1_scale, window_left, attention_sinks, threshold),
+        **_prefill(is_causal, bmm1_scale, window_left, attention_sinks, skipping),
     )
     return result_of(found, query.shape[:1], bmm2_scale, out, None, lse, return_lse)
 
@@ -289,8 +289,8 @@ def trtllm_batch_decode_with_kv_cache_mla(
     Raises: as `trtllm_batch_context_with_kv_cache`.
     Source: FlashInfer 0.7, flashinfer/mla.py.
     """
-    threshold = threshold_of(skip_softmax_threshold_scale_factor, skip_softmax_threshold, seq_lens)
-    refuse_beside_skipping(threshold, sparse_mla_top_k=sparse_mla_top_k or None)
+    skipping = skipping_of(skip_softmax_threshold_scale_factor, skip_softmax_threshold, seq_lens)
+    refuse_beside_skipping(skipping, sparse_mla_top_k=sparse_mla_top_k or None)
     if not uses_shared_paged_kv_idx:
         raise ArgumentError(describe("uses_shared_paged_kv_idx", False, "True: keys are values"))
     width = kv_lora_rank + qk_rope_head_dim
@@ -307,9 +307,9 @@ def trtllm_batch_decode_with_kv_cache_mla(
     cum_seq_lens_q, max_q_len = row_starts(q.shape[0], seq_lens, q_len, cum_seq_lens_q, max_q_len)
     cache = PagedKV.from_latent(latents, kv_lora_rank, block_tables)
     skip = None
-    if threshold is not None:
+    if skipping is not None:
         skip = SkipSoftmaxDecode(
-            threshold, vote_heads=vote_heads or min(q.shape[1], MLA_VOTE_HEADS)
+            **skipping, vote_heads=vote_heads or min(q.shape[1], MLA_VOTE_HEADS)
         )
     found = attention_paged(
         q,
@@ -328,7 +328,7 @@ def _prefill(
     bmm1_scale: float,
     window_left: int,
     sinks: Tensor | Sequence[Tensor] | None,
-    threshold: float | Tensor | None,
+    skipping: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What both functions that prefill ask of the kernels."""
     return {
@@ -337,5 +337,5 @@ def _prefill(
         "window": window_of(window_left),
         "sinks": sinks_of(sinks),
         "phase": Phase.PREFILL,
-        "plan": Plan(skip=None if threshold is None else SkipSoftmax(threshold)),
+        "plan": Plan(skip=None if skipping is None else SkipSoftmax(**skipping)),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ Cache = Tensor | tuple[Tensor, Tensor]
 Result = Tensor | tuple[Tensor, Tensor]
 
 
-def threshold_of(
+def skipping_of(
     factor: float | None, threshold: float | Tensor | None, seq_lens: Tensor
-) -> float | Tensor | None:
-    """Lambda as `SkipSoftmax` takes it; None is dense."""
+) -> dict[str, Any] | None:
+    """Threshold and scale factor as `SkipSoftmax` takes them; None is dense."""
     names = "skip_softmax_threshold_scale_factor", "skip_softmax_threshold"
     if factor is not None and threshold is not None:
         raise ArgumentError(describe(names[0], f"{names[1]} as well", "one of the two"))
@@ -28,15 +29,14 @@ def threshold_of(
         if threshold.shape != batch or threshold.dtype != torch.float32:
             got = f"{threshold.dtype} {tuple(threshold.shape)}"
             raise ArgumentError(describe(names[1], got, f"torch.float32 {batch}"))
-        return threshold[:, None]
-    if threshold is not None:
-        return threshold or None
+        return {"threshold": threshold[:, None]}
+    if threshold:
+        return {"threshold": threshold}
     if not factor:
         return None
     if isinstance(factor, bool) or not math.isfinite(factor) or factor < 0:
         raise ArgumentError(describe(names[0], factor, "a finite number from 0 on, or None"))
-    # Of the sequence's own length. What exceeds 1 counts as 1: beyond, tiles with the maximum would fall.
-    return (factor / seq_lens.clamp(min=1))[:, None]
+    return {"threshold": None, "scale_factor": factor}
 
 
 def refuse(**given: object) -> None:
@@ -49,11 +49,11 @@ def refuse(**given: object) -> None:
             )
 
 
-def refuse_beside_skipping(threshold: float | Tensor | None, **given: object) -> None:
+def refuse_beside_skipping(skipping: dict[str, Any] | None, **given: object) -> None:
     """Another way to leave keys out is refused, and by both names where tiles are skipped as well."""
     for name, value in given.items():
         if value is not None:
-            beside = "" if threshold is None else " beside a skip-softmax threshold"
+            beside = "" if skipping is None else " beside a skip-softmax threshold"
             raise ArgumentError(
                 describe(name, f"{value}{beside}", "its default: that is not offered")
             )

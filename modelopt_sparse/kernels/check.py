@@ -165,7 +165,9 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
         return None
     if threshold is not None and least:
         is_long = call.seqs.k_len[:, None] >= least
-        threshold = torch.where(is_long, threshold, 0.0).to(torch.float32)
+        if not isinstance(threshold, Tensor):
+            threshold = torch.full((), threshold, dtype=torch.float64, device=call.q.device)
+        threshold = torch.where(is_long, threshold, torch.zeros_like(threshold))
     if threshold is skip.threshold and not counted:
         return skip
     return replace(
@@ -192,11 +194,11 @@ def _resolved_threshold(value: Any, call: Call) -> float | Tensor | None:
 
 
 def _own_threshold(factor: float, call: Call) -> Tensor | None:
-    """Each sequence's lambda by its own number of keys: fp32 [B, 1]; None where the factor is 0."""
+    """Each sequence's lambda by its own number of keys: fp64 [B, 1]; None where the factor is 0."""
     if not factor:
         return None
     lengths = call.seqs.k_len.clamp(min=1)[:, None]
-    return (factor / lengths).clamp(max=1.0).to(torch.float32)
+    return (torch.full_like(lengths, factor, dtype=torch.float64) / lengths).clamp(max=1.0)
 
 
 def _check_tile_size(name: str, value: Any) -> None:

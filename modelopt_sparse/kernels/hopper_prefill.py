@@ -42,6 +42,11 @@ class HopperVariant:
     EXACT: bool
     ONLY_PREFILL: bool
 
+    @property
+    def IS_WIDE(self) -> bool:
+        """Sums take so many registers that no weights can wait in others, and tiles so much shared memory."""
+        return self.STAGES == 1
+
 
 def prefill_refusals(call: Call) -> Iterator[str]:
     """Why the kernel doesn't compute the sequences of a checked call that prefill; nothing if it does."""

@@ -36,11 +36,12 @@ def launch_prefill(call: Call, results: Results, *, only_prefill: bool = False) 
         only_in_force = replace(skip, count_thresholds=(), histogram=False)
         uncounted = call._replace(plan=replace(call.plan, skip=only_in_force))
         if next(prefill_refusals(uncounted), None) is None:
-            # What counts isn't what computes: the output stays that of the kernel that doesn't count.
+            # What counts isn't what computes: the output stays that of the kernel that doesn't count, and
+            # so do the decisions.
             assert results.prefill is not None
-            _launch(call, scratch(results), only_prefill)
-            counts = torch.zeros_like(results.prefill)
-            call, results = uncounted, results._replace(prefill=counts)
+            _launch(call, scratch(results)._replace(words=None), only_prefill)
+            results.prefill[:2].zero_()
+            call = uncounted
     _launch(call, results, only_prefill)
 
 

@@ -156,8 +156,9 @@ class SkipSoftmax:
     """Skip-softmax (BLASST, arXiv 2512.12087) for sequences that prefill.
 
     Args:
-        threshold: lambda, a fraction. None or 0 is dense (and only counts, if count_thresholds are
-            given); a float in (0, 1]; or a float32 tensor that broadcasts to [B, Hq].
+        threshold: lambda, a fraction. None or 0 is dense (and only counts, if count_thresholds or a
+            histogram are asked for), unless there is a scale factor; a float in (0, 1]; or a float32 tensor
+            that broadcasts to [B, Hq].
         block_rows, block_keys: the decision tile, anchored at position 0. Part of the result.
         count_thresholds: further lambdas whose skipped tiles are counted, without being applied.
         exact_normalizer: keep summing the exponentials of skipped tiles, so that lse is the dense one.
@@ -317,17 +318,23 @@ class TileCounts:
     Args:
         visible: int64 [Hq], tiles in which at least one row sees a key.
         skipped: int64 [1 + len(count_thresholds), Hq]; row 0 is the threshold in force.
-        histogram: int64 [BINS, Hq], the visible tiles by the least lambda above which they are skipped,
+        histogram: int64 [256, Hq], the visible tiles by the least lambda above which they are skipped,
             where that was asked for. Bin 0: kept at every lambda. Bin b: from 2^(-b / 8) to 2^(-(b - 1) / 8).
-            The last bin: all below.
+            The last bin: all below. Tiles of sequences below `min_context` too, as if there were none.
     """
 
     visible: Tensor
     skipped: Tensor
     histogram: Tensor | None = None
 
+    def is_like(self, other: TileCounts) -> bool:
+        """Whether both count the same: as many heads and thresholds, and a histogram or none."""
+        has_histogram = self.histogram is not None
+        same_shape = self.skipped.shape == other.skipped.shape
+        return same_shape and has_histogram == (other.histogram is not None)
+
     def __add__(self, other: TileCounts) -> TileCounts:
-        """The tiles of both, of as many heads and thresholds."""
+        """The tiles of both, which are like each other."""
         histogram = None
         if self.histogram is not None and other.histogram is not None:
             histogram = self.histogram + other.histogram

@@ -235,9 +235,11 @@ def test_a_step_takes_the_same_token_each_time():
 
 @pytest.mark.parametrize("case", small_whole_model_cases(), ids=lambda case: case.name)
 def test_a_model_attends_to_topics_and_skips_the_others(case, monkeypatch):
-    (row,) = measure(case, SMALL, BRIEF)
-    assert row.peer == decode_step.TRANSFORMERS and row.ratio > 0
-    assert row.error < 1e-3 and 0.3 < row.sparsity <= 0.5
+    rows = measure(case, SMALL, BRIEF)
+    peers = [(row.peer, row.is_rival) for row in rows]
+    assert peers == [(decode_step.TRANSFORMERS, True), (bench_cases.OWN_DENSE, False)]
+    for row in rows:
+        assert row.ratio > 0 and row.error < 1e-3 and 0.3 < row.sparsity <= 0.5
 
     monkeypatch.setattr(whole_model, "THRESHOLD", 1e-30)
     (row,) = measure(case, SMALL, BRIEF)

@@ -202,6 +202,32 @@ def test_a_block_of_a_group_that_was_not_measured_is_refused(tmp_path, capsys):
     assert "decode" in capsys.readouterr().err and document.read_text() == text
 
 
+BROKEN = {
+    "none": "no block\n",
+    "no end": "<!-- bench: rows.json skip -->\nkept\n<!-- bench: rows.json skip -->\n<!-- /bench -->\n",
+    "no group": "<!-- bench: rows.json -->\n<!-- /bench -->\n",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_documents_without_whole_blocks_stay_as_they_are(text, tmp_path, capsys):
+    report.save(tmp_path / "rows.json", {}, rows_of(0.85, 0.5))
+    document = tmp_path / "page.md"
+    document.write_text(text)
+    assert tables.main(["--into", str(document)]) == 2
+    assert "blocks: got" in capsys.readouterr().err and document.read_text() == text
+
+
+def test_a_summary_says_what_failed_and_what_was_not_checked():
+    rows = rows_of(0.85, 0.5)
+    rival = next(row for row in rows if row.is_rival)
+    noted = [replace(row, note="not checked") if row is rival else row for row in rows]
+    failed = Row("skip", "wrong", "", note="FAILED: error 1.0", error=1.0, failed=True)
+    text = tables.summary_of({}, [*noted, failed])
+    assert f"{rival.peer} {rival.ratio:.2f} (not checked)" in text
+    assert "| wrong | FAILED: error 1.0 |  |  |  | 1.0000 |" in text
+
+
 def test_figures_of_the_readme_are_those_of_the_committed_file():
     readme = Path(__file__).parents[2] / "README.md"
     assert tables.BLOCK.search(readme.read_text())

@@ -52,9 +52,16 @@ def test_the_ends():
     curve = Curve.of([histogram({0: 2, 8: 1, 9: 1})])
     # Bins 8 and 9 lie on both sides of lambda 1/2.
     assert curve.share(1.0) == 0.5 and curve.share(0.5) == 0.25 and curve.share(0.0) == 0.0
-    assert curve.threshold(0.5) == curve.threshold(0.9) == 1.0
-    assert curve.threshold(0.0) == 0.0
+    assert curve.threshold(0.9) == 1.0 and curve.threshold(0.0) == 0.0
+    # The least of all that skip half: tiles in bin 8 fall at the first edge above it.
+    assert curve.threshold(0.5) == pytest.approx(2**-0.875)
     assert 2**-1.125 < curve.threshold(0.2) < 0.5 < curve.threshold(0.3) < 2**-0.875
+
+
+def test_tiles_that_fall_at_every_lambda_counted_fall_at_the_least():
+    curve = Curve.of([histogram({0: 1, 255: 1})])
+    assert curve.threshold(0.3) == curve.threshold(0.5) == 2**-31.75
+    assert curve.share(2**-31.75) == 0.5 and curve.share(1e-30) == 0.0
 
 
 @given(st.dictionaries(st.integers(0, BINS - 1), st.integers(1, 1000), min_size=1))
@@ -64,8 +71,12 @@ def test_more_is_skipped_at_a_higher_lambda(tiles):
     thresholds = [curve.threshold(target) for target in targets]
     assert thresholds == sorted(thresholds) and thresholds[0] == 0.0
     for target, threshold in zip(targets, thresholds, strict=True):
-        if 0 < threshold < 1:
+        if 0 < target <= curve.most and threshold > 2**-31.74:
             assert curve.share(threshold) == pytest.approx(target, abs=1e-9)
+        elif target > 0:
+            assert threshold > 0 and curve.share(threshold) == pytest.approx(
+                curve.most if target > curve.most else curve.share(2**-31.75)
+            )
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])

@@ -16,6 +16,7 @@ from modelopt_sparse.kernels import (
 )
 from modelopt_sparse.kernels.device.bins import BINS, BINS_PER_OCTAVE
 from modelopt_sparse.kernels.types import TileCounts
+from modelopt_sparse.stats import PhaseStats
 from tests.inputs import features, needs_interpreter, topical
 
 EDGES = (0, 1, 2, 7, 8, 17, 40, 90)
@@ -114,4 +115,12 @@ def test_counts_of_two_calls_are_added():
     both = one + one
     assert both.visible.tolist() == [6] and both.skipped.tolist() == [[2]]
     assert both.histogram.sum() == 2 * BINS
-    assert (one + replace(one, histogram=None)).histogram is None
+
+
+def test_statistics_start_over_when_a_histogram_comes_or_goes():
+    one = TileCounts(torch.tensor([3]), torch.tensor([[1]]), torch.ones(BINS, 1).long())
+    stats = PhaseStats()
+    for counts, calls in ((one, 1), (one, 2), (replace(one, histogram=None), 1), (one, 1)):
+        stats.add(counts)
+        assert stats.calls == calls and stats.counts.visible.tolist() == [3 * calls]
+    assert torch.equal(stats.counts.histogram, one.histogram)

@@ -12,10 +12,13 @@ from modelopt_sparse.kernels import (
     Plan,
     SkipSoftmax,
     SkipSoftmaxDecode,
+    attention_paged,
     attention_reference,
     attention_triton,
 )
+from modelopt_sparse.kernels.check import Call, checked
 from tests.inputs import needs_interpreter, topical
+from tests.paged import in_pages
 
 ENTRIES = [attention_reference, pytest.param(attention_triton, marks=needs_interpreter)]
 LENGTHS = [150, 400]
@@ -57,6 +60,46 @@ def test_no_lambda_is_above_1_and_a_factor_of_0_is_dense(phase):
     dense = attention_reference(*inputs.qkv, plan=plan_of(scale_factor=0))
     assert dense.prefill is dense.decode is None
     assert torch.equal(dense.out, attention_reference(*inputs.qkv).out)
+
+
+@pytest.mark.parametrize("phase", ROWS)
+def test_it_is_rounded_once_whatever_torch_takes_for_a_number(phase):
+    """Of factor / n = 1 the reciprocal of n, times the factor, may be less."""
+    inputs = topical([41 if phase == "prefill" else 1], [41], dim=16, dtype=torch.float32)
+    call = Call(*inputs.qkv, plan_of(scale_factor=41.0))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        plan = checked(call).plan
+    finally:
+        torch.set_default_dtype(before)
+    for part in (plan.skip, plan.skip_decode):
+        assert part.threshold.dtype == torch.float64 and part.threshold.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("attend", ENTRIES)
+def test_further_lambdas_and_the_histogram_are_counted_beside_it(attend):
+    inputs = inputs_of("prefill")
+    found = attend(
+        *inputs.qkv, plan=plan_of(scale_factor=60.0, count_thresholds=(0.5,), histogram=True)
+    )
+    alone = attend(*inputs.qkv, plan=plan_of(threshold=0.5))
+    plain = attend(*inputs.qkv, plan=plan_of(scale_factor=60.0))
+    assert torch.equal(found.prefill.skipped[1], alone.prefill.skipped[0])
+    assert torch.equal(found.prefill.skipped[0], plain.prefill.skipped[0])
+    assert torch.equal(found.prefill.histogram[9:].sum(0), alone.prefill.skipped[0])
+
+
+@pytest.mark.parametrize("attend", [attention_reference, attention_paged])
+def test_keys_in_pages_count_as_keys(attend):
+    inputs = inputs_of("decode")
+    plan = plan_of(scale_factor=60.0)
+    wanted = attention_reference(*inputs.qkv, plan=plan, details=True)
+    tensors = inputs.qkv
+    if attend is attention_paged:
+        tensors = inputs.q, in_pages(*inputs.qkv[1:], 7), inputs.seqs
+    found = attend(*tensors, plan=plan, details=True)
+    assert all(map(torch.equal, found.kept, wanted.kept))
 
 
 def test_short_sequences_may_be_dense():

@@ -335,7 +335,7 @@ def attend_rows(
     n = begin * 0
     tallies = Tallies(n, n, n)
     mbarrier.wait(barriers.queries_there.index(HALF), 0)
-    if C.STAGES == 1:
+    if C.IS_WIDE:
         acc, state, tallies = attend_in_turn(acc, state, tallies, work, HALF, C)
     elif visits.n > 0:
         weights, kept, state, tallies = start_attending(acc, state, tallies, work, HALF, C)

@@ -84,6 +84,7 @@ def _fetch_values(source, tile, target, there, C: gl.constexpr):
 def _clear(values, tile, source):
     """Clears the values of keys that no row sees: they may be NaN, and NaN times 0 is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    # A thread holds 32 bytes at a time: it may have no more than 24 registers.
     RUN: gl.constexpr = 8
     PIECES: gl.constexpr = values.shape[1] // CHANNELS
     for first in gl.static_range(0, KEYS, RUN):

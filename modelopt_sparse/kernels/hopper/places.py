@@ -19,8 +19,8 @@ class Visits(NamedTuple):
     Args:
         n: how many.
         top, bottom: the last and first tile that a row sees.
-        full_top, full_bottom: the last and first of which every row sees every key, and which is neither
-            warpgroup's end.
+        full_top, full_bottom: the last and first of which every row sees every key; where tiles are skipped,
+            and which is neither warpgroup's end.
         ends: the last and first tile that the rows of each warpgroup see.
         n_last, n_first: where tiles are skipped: visits of the last and of the first tiles of the warpgroups,
             which come before all others.

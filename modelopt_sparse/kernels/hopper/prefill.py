@@ -111,7 +111,6 @@ def hopper_prefill_kernel(
     targets = Targets(
         out, out_token, out_head, lse, counts, dropped_bound, dropped, head, n_heads, sink, v_scale
     )
-    IS_WIDE: gl.constexpr = C.HEAD_DIM_V > 128
     gl.warp_specialize(
         [
             (attend_rows, (block, visits, rule, buffers, barriers, targets, gl.constexpr(0), C)),
@@ -120,7 +119,7 @@ def hopper_prefill_kernel(
         ],
         [WARPS, 1],
         [
-            WIDE_ATTEND_REGISTERS if IS_WIDE else ATTEND_REGISTERS,
-            WIDE_FETCH_REGISTERS if IS_WIDE else FETCH_REGISTERS,
+            WIDE_ATTEND_REGISTERS if C.IS_WIDE else ATTEND_REGISTERS,
+            WIDE_FETCH_REGISTERS if C.IS_WIDE else FETCH_REGISTERS,
         ],
     )
