@@ -14,6 +14,7 @@ from modelopt_sparse.kernels import (
     attention_reference,
     attention_triton,
 )
+from modelopt_sparse.kernels import prefill as prefill_launches
 from modelopt_sparse.kernels.device.bins import BINS, BINS_PER_OCTAVE
 from modelopt_sparse.kernels.types import TileCounts
 from modelopt_sparse.stats import PhaseStats
@@ -47,7 +48,7 @@ def check_edges(counts: TileCounts) -> None:
 @pytest.mark.parametrize("names", ["", "full", "wide_window sinks", "tile_mask", "bias softcap"])
 @pytest.mark.parametrize("attend", ENTRIES)
 def test_prefill(attend, names):
-    inputs = topical([23, 0, 37], [75, 9, 160], strength=9.0, **SMALL)
+    inputs = topical([23, 0, 37], [75, 9, 100], strength=9.0, **SMALL)
     output = attend(*inputs.qkv, plan=prefill(), **features(names, inputs, seed=1))
     check_edges(output.prefill)
 
@@ -55,7 +56,7 @@ def test_prefill(attend, names):
 @pytest.mark.parametrize("vote_heads", [None, 1])
 @pytest.mark.parametrize("attend", ENTRIES)
 def test_decode_of_heads_that_are_no_power_of_two(attend, vote_heads):
-    inputs = topical([1, 1], [700, 90], strength=9.0, heads=6, kv_heads=2, dtype=torch.float32)
+    inputs = topical([1, 1], [300, 90], strength=9.0, heads=6, kv_heads=2, dtype=torch.float32)
     output = attend(*inputs.qkv, plan=decode(vote_heads=vote_heads))
     check_edges(output.decode)
     if vote_heads is None:
@@ -64,9 +65,9 @@ def test_decode_of_heads_that_are_no_power_of_two(attend, vote_heads):
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("rows", "keys"), [(16, 16), (64, 128), (32, 64)])
-def test_the_kernel_and_the_reference_agree(rows, keys):
-    inputs = topical([170, 1, 40], [900, 700, 190], strength=9.0, **SMALL)
+@pytest.mark.parametrize(("rows", "keys", "n"), [(16, 16, 130), (64, 128, 900)])
+def test_the_kernel_and_the_reference_agree(rows, keys, n):
+    inputs = topical([70, 1, 40], [n, n, 60], strength=9.0, **SMALL)
     plan = Plan(
         skip=SkipSoftmax(None, rows, keys, histogram=True),
         skip_decode=SkipSoftmaxDecode(None, keys, 4 * keys, histogram=True),
@@ -124,3 +125,28 @@ def test_statistics_start_over_when_a_histogram_comes_or_goes():
         stats.add(counts)
         assert stats.calls == calls and stats.counts.visible.tolist() == [3 * calls]
     assert torch.equal(stats.counts.histogram, one.histogram)
+
+
+@needs_interpreter
+def test_what_counts_leaves_the_decisions_of_what_computes_alone(monkeypatch):
+    """As where one kernel computes, and another counts beside it."""
+
+    def refusals(call):
+        skip = call.plan.skip
+        return iter(("counting",) if skip.histogram or skip.count_thresholds else ())
+
+    def compute(call, results, only_prefill):
+        for tensor in (results.out, results.lse, results.bound, results.dropped):
+            tensor.zero_()
+        results.words.fill_(1)
+        results.prefill[:2] += torch.tensor([[3], [2]])
+
+    inputs = topical([40], [150], strength=9.0, **SMALL)
+    wanted = attention_triton(*inputs.qkv, plan=prefill()).prefill
+    monkeypatch.setattr(prefill_launches, "prefill_refusals", refusals)
+    monkeypatch.setattr(prefill_launches, "launch_hopper_prefill", compute)
+    found = attention_triton(*inputs.qkv, plan=prefill(0.5), details=True)
+    assert (found.tiles.words == 1).all()
+    assert found.prefill.visible.tolist() == [3, 3] and found.prefill.skipped[0].tolist() == [2, 2]
+    assert torch.equal(found.prefill.histogram, wanted.histogram)
+    assert torch.equal(found.prefill.skipped[1:], wanted.skipped[1:])

@@ -20,7 +20,7 @@ from modelopt_sparse.kernels.check import Call, checked
 from tests.inputs import needs_interpreter, topical
 from tests.paged import in_pages
 
-ENTRIES = [attention_reference, pytest.param(attention_triton, marks=needs_interpreter)]
+SMALL = {"dim": 16, "strength": 1.5, "span": 16, "dtype": torch.float32}
 LENGTHS = [150, 400]
 ROWS = {"prefill": LENGTHS, "decode": [1, 1]}
 
@@ -34,13 +34,12 @@ def plan_of(**skip) -> Plan:
 
 
 def inputs_of(phase: str):
-    return topical(ROWS[phase], LENGTHS, dim=16, strength=1.5, span=16, dtype=torch.float32)
+    return topical(ROWS[phase], LENGTHS, **SMALL)
 
 
 @pytest.mark.parametrize("phase", ROWS)
-@pytest.mark.parametrize("attend", ENTRIES)
-def test_lambda_is_the_factor_over_the_own_length(attend, phase):
-    inputs = inputs_of(phase)
+def test_lambda_is_the_factor_over_the_own_length(phase):
+    inputs, attend = inputs_of(phase), attention_reference
     found = attend(*inputs.qkv, plan=plan_of(scale_factor=60.0), details=True)
     lambdas = torch.tensor([[60.0 / n] for n in LENGTHS])
     wanted = attend(*inputs.qkv, plan=plan_of(threshold=lambdas), details=True)
@@ -77,9 +76,8 @@ def test_it_is_rounded_once_whatever_torch_takes_for_a_number(phase):
         assert part.threshold.dtype == torch.float64 and part.threshold.tolist() == [[1.0]]
 
 
-@pytest.mark.parametrize("attend", ENTRIES)
-def test_further_lambdas_and_the_histogram_are_counted_beside_it(attend):
-    inputs = inputs_of("prefill")
+def test_further_lambdas_and_the_histogram_are_counted_beside_it():
+    inputs, attend = inputs_of("prefill"), attention_reference
     found = attend(
         *inputs.qkv, plan=plan_of(scale_factor=60.0, count_thresholds=(0.5,), histogram=True)
     )
@@ -90,16 +88,23 @@ def test_further_lambdas_and_the_histogram_are_counted_beside_it(attend):
     assert torch.equal(found.prefill.histogram[9:].sum(0), alone.prefill.skipped[0])
 
 
-@pytest.mark.parametrize("attend", [attention_reference, attention_paged])
-def test_keys_in_pages_count_as_keys(attend):
-    inputs = inputs_of("decode")
-    plan = plan_of(scale_factor=60.0)
-    wanted = attention_reference(*inputs.qkv, plan=plan, details=True)
-    tensors = inputs.qkv
-    if attend is attention_paged:
-        tensors = inputs.q, in_pages(*inputs.qkv[1:], 7), inputs.seqs
-    found = attend(*tensors, plan=plan, details=True)
+def test_keys_in_pages_count_as_keys():
+    inputs, how = inputs_of("decode"), {"plan": plan_of(scale_factor=60.0), "details": True}
+    wanted = attention_reference(*inputs.qkv, **how)
+    found = attention_paged(inputs.q, in_pages(*inputs.qkv[1:], 7), inputs.seqs, **how)
     assert all(map(torch.equal, found.kept, wanted.kept))
+
+
+@needs_interpreter
+def test_the_kernels_take_it():
+    inputs = topical([40, 1], [60, 130], **SMALL)
+    ours, wanted = (
+        attend(*inputs.qkv, plan=plan_of(scale_factor=60.0), details=True)
+        for attend in (attention_triton, attention_reference)
+    )
+    assert all(map(torch.equal, ours.kept, wanted.kept))
+    for phase in ROWS:
+        assert 0 < getattr(wanted, phase).skipped.sum() < getattr(wanted, phase).visible.sum()
 
 
 def test_short_sequences_may_be_dense():
