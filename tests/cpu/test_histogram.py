@@ -138,7 +138,7 @@ def test_what_counts_leaves_the_decisions_of_what_computes_alone(monkeypatch):
     def compute(call, results, only_prefill):
         for tensor in (results.out, results.lse, results.bound, results.dropped):
             tensor.zero_()
-        results.words |= 1  # as kernels do: bits are added
+        results.words.bitwise_or_(1)  # as kernels add bits
         results.prefill[:2] += torch.tensor([[3], [2]])
 
     inputs = topical([40], [150], strength=9.0, **SMALL)
