@@ -36,6 +36,8 @@ def skip(threshold, rows=64, keys=128, counted=(), least=0):
         "count_thresholds": counted,
         "exact_normalizer": False,
         "min_context": least,
+        "histogram": False,
+        "scale_factor": None,
     }
 
 
@@ -48,6 +50,8 @@ def skip_decode(threshold, counted=(), keys=64, heads=None, least=0):
         "count_thresholds": counted,
         "exact_normalizer": False,
         "min_context": least,
+        "histogram": False,
+        "scale_factor": None,
     }
 
 
