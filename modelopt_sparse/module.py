@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from modelopt_sparse.calls import Observer
 from modelopt_sparse.kernels.types import DENSE, AttentionOutput, Plan
 from modelopt_sparse.methods.base import SparseMethod
 from modelopt_sparse.replay import Replay, inside_backward
@@ -27,6 +28,7 @@ class SparseAttentionModule(nn.Module):
             itself uses what the context yields, so two threads may share a module.
         stats: tiles visited and skipped since the last reset.
         replay: the plan that gradient checkpointing repeats.
+        observer: who computes the calls in the kernels' stead, and so sees them; None but in `observed`.
     """
 
     method: SparseMethod[Any]
@@ -34,6 +36,7 @@ class SparseAttentionModule(nn.Module):
     active_plan: Plan | None
     stats: AttentionStats
     replay: Replay
+    observer: Observer | None
 
     def attach(self, method: SparseMethod[Any], enabled: bool) -> None:
         """Sets what this module does. Called once by the conversion, before the first forward."""
@@ -42,6 +45,7 @@ class SparseAttentionModule(nn.Module):
         self.active_plan = None
         self.stats = AttentionStats()
         self.replay = Replay()
+        self.observer = None
 
     def detach(self) -> None:
         """Removes what `attach` and the calls since have set."""
@@ -69,3 +73,16 @@ class SparseAttentionModule(nn.Module):
         """Adds a call's tile counts to `stats`; a recomputed forward was counted the first time."""
         if not inside_backward():
             self.stats.record(output)
+
+
+@contextmanager
+def observed(observers: Mapping[SparseAttentionModule, Observer]) -> Iterator[None]:
+    """Has each module's calls computed by its observer, in this block."""
+    before = {module: module.observer for module in observers}
+    try:
+        for module, observer in observers.items():
+            module.observer = observer
+        yield
+    finally:
+        for module, observer_before in before.items():
+            module.observer = observer_before

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modelopt_sparse.calls import AttentionCall
 from modelopt_sparse.errors import (
     ArgumentError,
     ArgumentTypeError,
     UnsupportedCall,
     describe,
 )
-from modelopt_sparse.kernels.api import attention_reference, attention_varlen
+from modelopt_sparse.kernels.api import AttentionOptions, attention_reference, attention_varlen
 from modelopt_sparse.kernels.types import DENSE, Phase, Plan
 from modelopt_sparse.module import SparseAttentionModule
 
@@ -93,23 +94,21 @@ def attend(
     # Autocast would lower the precision of what the kernels compute in fp32.
     with in_force as plan, torch.autocast(device, enabled=False):
         packed = pack(query, key, value, visibility, reader=id(module))
-        output = run(
-            packed.q,
-            packed.k,
-            packed.v,
-            packed.seqs,
-            causal=causal,
-            scale=scaling,
-            window=sliding_window if causal and visibility.attention_mask is None else None,
-            softcap=softcap,
-            sinks=s_aux,
-            bounds=packed.bounds,
-            mask=packed.mask,
-            bias=packed.bias,
+        options: AttentionOptions = {
+            "causal": causal,
+            "scale": scaling,
+            "window": sliding_window if causal and visibility.attention_mask is None else None,
+            "softcap": softcap,
+            "sinks": s_aux,
+            "bounds": packed.bounds,
+            "mask": packed.mask,
+            "bias": packed.bias,
             # Only padding leaves a sequence of one row in a bidirectional call of several.
-            phase=None if causal or query.shape[2] == 1 else Phase.PREFILL,
-            plan=plan,
-        )
+            "phase": None if causal or query.shape[2] == 1 else Phase.PREFILL,
+        }
+        call = AttentionCall(run, packed.q, packed.k, packed.v, packed.seqs, options)
+        observer = None if sparse is None else sparse.observer
+        output = call(plan) if observer is None else observer(call, plan)
     # Replays of a CUDA graph would write counts where nobody keeps them.
     if sparse is not None and not is_capturing(query.device):
         sparse.record(output)

@@ -13,6 +13,7 @@ from .api import (
 from .choices import KernelChoice, explain
 from .merge import merge_states
 from .pages import PagedKV
+from .scale_factors import ScaleFactors
 from .types import (
     DENSE,
     AttentionOutput,
@@ -52,6 +53,7 @@ __all__ = [
     "PagedKV",
     "Phase",
     "Plan",
+    "ScaleFactors",
     "ScoreGrid",
     "Seqs",
     "SkipSoftmax",

@@ -12,6 +12,7 @@ from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, Unsupported
 
 from .check_values import check_bool, check_int, check_number, check_tensor, is_readable
 from .pages import check_entries
+from .scale_factors import ScaleFactors
 from .thresholds import check_factor, check_fraction, check_threshold
 from .tiles import slot_count, word_count
 from .types import (
@@ -158,7 +159,7 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
         if skip.threshold is not None:
             takes = "one of threshold and scale_factor"
             raise ArgumentError(describe("scale_factor", "a threshold as well", takes))
-        threshold = _own_threshold(check_factor("scale_factor", skip.scale_factor), call)
+        threshold = _own_threshold(skip.scale_factor, call)
     least = check_int("min_context", skip.min_context, least=0)
     is_counted = bool(counted) or skip.histogram
     if (threshold is None and not is_counted) or call.seqs.max_k < least:
@@ -193,8 +194,16 @@ def _resolved_threshold(value: Any, call: Call) -> float | Tensor | None:
     return value
 
 
-def _own_threshold(factor: float, call: Call) -> Tensor | None:
-    """Each sequence's lambda by its own number of keys: fp64 [B, 1]; None where the factor is 0."""
+def _own_threshold(factor: Any, call: Call) -> Tensor | None:
+    """Each sequence's lambda by its own number of keys: fp64 [B, 1 or Hq]; None where the factor is 0."""
+    if isinstance(factor, ScaleFactors):
+        if factor.heads not in (1, call.q.shape[1]):
+            takes = f"one, or one for each of the {call.q.shape[1]} query heads"
+            raise ArgumentError(
+                describe("scale_factor", f"factors for {factor.heads} heads", takes)
+            )
+        return factor.thresholds(call.seqs.k_len)
+    factor = check_factor("scale_factor", factor)
     if not factor:
         return None
     lengths = call.seqs.k_len.clamp(min=1)[:, None]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, describe
 
+from .scale_factors import ScaleFactors
 from .tiles import packed_bits, row_tile_spans, slot_count, unpacked_bits, word_count
 
 
@@ -167,7 +168,8 @@ class SkipSoftmax:
             is decided or counted.
         histogram: count the tiles by the lambda at which they fall too: `TileCounts.histogram`.
         scale_factor: in place of a threshold: lambda is this over the sequence's own number of keys, at
-            most 1. A longer sequence has more tiles that matter little.
+            most 1. A longer sequence has more tiles that matter little. A number, or `ScaleFactors`, by
+            length and head.
     """
 
     threshold: float | Tensor | None
@@ -177,7 +179,7 @@ class SkipSoftmax:
     exact_normalizer: bool = False
     min_context: int = 0
     histogram: bool = False
-    scale_factor: float | None = None
+    scale_factor: float | ScaleFactors | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +202,7 @@ class SkipSoftmaxDecode:
     exact_normalizer: bool = False
     min_context: int = 0
     histogram: bool = False
-    scale_factor: float | None = None
+    scale_factor: float | ScaleFactors | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,11 +26,13 @@ def not_taken(kind: str, takes: str) -> PydanticCustomError:
     return PydanticCustomError(kind, "Input should be {takes}", {"takes": takes})
 
 
-def _fraction_or_none(value: Any) -> float | None:
+def fraction_or_none(value: Any) -> float | None:
+    """A lambda as a float, or None."""
     return None if value is None else _checked_fraction(value, "a fraction from 0 to 1, or None")
 
 
-def _fraction(value: Any) -> float:
+def fraction(value: Any) -> float:
+    """A lambda as a float."""
     return _checked_fraction(value, "a fraction from 0 to 1")
 
 
@@ -64,12 +66,6 @@ def _as_int(value: object) -> int | None:
     return int(number) if number is not None and number.is_integer() else None
 
 
-def _lambdas(value: Any) -> Any:
-    if not isinstance(value, list | tuple) or not value:
-        raise not_taken("fractions", "a non-empty list of fractions")
-    return tuple(value)
-
-
 def whole_number(low: int, high: int) -> BeforeValidator:
     """Takes the integers from `low` to `high`, also spelt as strings; never a bool."""
     takes = f"an integer from {low} to {high}"
@@ -91,15 +87,6 @@ def _integer_that(holds: Callable[[int], bool], takes: str) -> Callable[[Any], i
 
     return check
 
-
-Fraction = Annotated[float, BeforeValidator(_fraction)]
-"""A lambda: 0 <= value <= 1, where 0 (and -0.0, which becomes 0.0) is dense."""
-
-OptionalFraction = Annotated[float | None, BeforeValidator(_fraction_or_none)]
-"""A lambda, or None, which is dense."""
-
-Fractions = Annotated[tuple[Fraction, ...], BeforeValidator(_lambdas)]
-"""A non-empty list or tuple of lambdas."""
 
 Tokens = Annotated[int, whole_number(0, MAX_TOKENS)]
 """A count of tokens: 0 <= value <= `MAX_TOKENS`."""

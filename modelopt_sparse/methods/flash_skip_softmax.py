@@ -9,23 +9,37 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from modelopt_sparse.kernels.types import Plan, SkipSoftmax, SkipSoftmaxDecode
 
-from .base import SparseMethod, SparseMethodConfig
-from .fields import Fractions, MinContext, OptionalHeads, TileSize, least_context, not_taken
+from .base import SparseMethod
+from .calibrated import CalibratedThreshold, PhaseName, SkipSoftmaxConfig, Threshold, in_plan
+from .fields import MinContext, OptionalHeads, TileSize, least_context, not_taken
 from .registry import register_sparse_method
+
+
+def _lambdas(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or not value:
+        raise not_taken("fractions", "a non-empty list of fractions")
+    if any(isinstance(x, Mapping | CalibratedThreshold) for x in value[1:]):
+        raise not_taken("fractions", "fractions after the first: calibrated ones aren't counted")
+    return tuple(value)
+
+
+Thresholds = Annotated[tuple[Threshold, ...], BeforeValidator(_lambdas)]
+"""A non-empty list or tuple of lambdas, the first of which may be a calibrated one."""
 
 
 class PhaseThresholds(BaseModel):
     """Lambdas by phase: the first applies, the others are only counted.
 
     Args:
-        prefill, decode: a non-empty list of fractions from 0 to 1. A phase that is None or left
-            out is dense; at least one is given.
+        prefill, decode: a non-empty list of fractions from 0 to 1; the first may be what
+            `modelopt_sparse.calibrate` found. A phase that is None or left out is dense; at least one is
+            given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prefill: Fractions | None = None
-    decode: Fractions | None = None
+    prefill: Thresholds | None = None
+    decode: Thresholds | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> PhaseThresholds:
@@ -45,7 +59,7 @@ def _by_phase(value: Any) -> Any:
     return dict(value)
 
 
-class FlashSkipSoftmaxConfig(SparseMethodConfig):
+class FlashSkipSoftmaxConfig(SkipSoftmaxConfig):
     """Configuration of `FlashSkipSoftmax`.
 
     Args:
@@ -78,6 +92,22 @@ class FlashSkipSoftmaxConfig(SparseMethodConfig):
     decode_vote_heads: OptionalHeads = None
     min_context: MinContext = 0
 
+    def threshold(self, phase: PhaseName) -> float | CalibratedThreshold | None:
+        """What the phase has now; None or 0 is dense."""
+        lambdas = getattr(self.thresholds, phase)
+        return lambdas[0] if lambdas else None
+
+    def with_thresholds(
+        self, thresholds: Mapping[PhaseName, float | CalibratedThreshold], min_context: int
+    ) -> FlashSkipSoftmaxConfig:
+        """The same, with these thresholds in place of the first of their phases."""
+        changed: dict[str, Any] = {
+            phase: (threshold, *(getattr(self.thresholds, phase) or ())[1:])
+            for phase, threshold in thresholds.items()
+        }
+        whole = self.thresholds.model_copy(update=changed)
+        return self.model_validate({**dict(self), "thresholds": whole, "min_context": min_context})
+
 
 @register_sparse_method
 class FlashSkipSoftmax(SparseMethod[FlashSkipSoftmaxConfig]):
@@ -91,23 +121,24 @@ class FlashSkipSoftmax(SparseMethod[FlashSkipSoftmaxConfig]):
     def plan(self) -> Plan:
         """Skipping, or counting only, in the phases that have lambdas for it."""
         config = self.config
-        prefill, counted = _split(config.thresholds.prefill)
-        decode, decode_counted = _split(config.thresholds.decode)
+        prefill, decode = map(_split, (config.thresholds.prefill, config.thresholds.decode))
         least = least_context(config.min_context)
         skip = in_decode = None
-        if prefill or counted:
-            skip = SkipSoftmax(prefill, config.br, config.bc, counted, min_context=least)
-        if decode or decode_counted:
+        if any(prefill.values()):
+            skip = SkipSoftmax(
+                **prefill, block_rows=config.br, block_keys=config.bc, min_context=least
+            )
+        if any(decode.values()):
             in_decode = SkipSoftmaxDecode(
-                decode,
-                config.decode_block_keys,
+                **decode,
+                block_keys=config.decode_block_keys,
                 vote_heads=config.decode_vote_heads,
-                count_thresholds=decode_counted,
                 min_context=least,
             )
         return Plan(skip=skip, skip_decode=in_decode)
 
 
-def _split(lambdas: tuple[float, ...] | None) -> tuple[float | None, tuple[float, ...]]:
-    """The lambda in force, None for dense, and those that are only counted."""
-    return (lambdas[0] or None, lambdas[1:]) if lambdas else (None, ())
+def _split(lambdas: tuple[float | CalibratedThreshold, ...] | None) -> dict[str, Any]:
+    """The lambda in force, and those that are only counted, as the arguments of a plan's part."""
+    first, *counted = lambdas or (None,)
+    return {**in_plan(first), "count_thresholds": tuple(counted)}

@@ -1,4 +1,4 @@
-"""Skip-softmax with one fixed threshold per phase."""
+"""Skip-softmax with one threshold per phase."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from typing import ClassVar, Literal
 
 from modelopt_sparse.kernels.types import Plan, SkipSoftmax, SkipSoftmaxDecode
 
-from .base import SparseMethod, SparseMethodConfig
-from .fields import MinContext, OptionalFraction, OptionalHeads, TileSize, least_context
+from .base import SparseMethod
+from .calibrated import (
+    CalibratedThreshold,
+    OptionalThreshold,
+    PhaseName,
+    SkipSoftmaxConfig,
+    in_plan,
+)
+from .fields import MinContext, OptionalHeads, TileSize, least_context
 from .registry import register_sparse_method
 
 
-class TritonSkipSoftmaxConfig(SparseMethodConfig):
+class TritonSkipSoftmaxConfig(SkipSoftmaxConfig):
     """Configuration of `TritonSkipSoftmax`.
 
     Args:
-        skip_softmax_threshold: lambda of the prefill phase, a fraction from 0 to 1. None or 0 is
-            dense.
-        skip_softmax_decode_threshold: lambda of the decode phase. None or 0 is dense.
+        skip_softmax_threshold: lambda of the prefill phase: a fraction from 0 to 1, or what
+            `modelopt_sparse.calibrate` found. None or 0 is dense.
+        skip_softmax_decode_threshold: lambda of the decode phase, likewise.
         decode_block_keys: keys of a decision tile in decode: 16, 32, 64 or 128. Part of the result.
         decode_vote_heads: query heads that decide together in decode, a divisor of those that share a KV
             head. None: all of these. Part of the result.
@@ -32,11 +39,24 @@ class TritonSkipSoftmaxConfig(SparseMethodConfig):
     }
 
     method: Literal["triton_skip_softmax"] = "triton_skip_softmax"
-    skip_softmax_threshold: OptionalFraction = 0.1
-    skip_softmax_decode_threshold: OptionalFraction = None
+    skip_softmax_threshold: OptionalThreshold = 0.1
+    skip_softmax_decode_threshold: OptionalThreshold = None
     decode_block_keys: TileSize = 64
     decode_vote_heads: OptionalHeads = None
     min_context: MinContext = 0
+
+    def threshold(self, phase: PhaseName) -> float | CalibratedThreshold | None:
+        """What the phase has now; None or 0 is dense."""
+        is_prefill = phase == "prefill"
+        return self.skip_softmax_threshold if is_prefill else self.skip_softmax_decode_threshold
+
+    def with_thresholds(
+        self, thresholds: Mapping[PhaseName, float | CalibratedThreshold], min_context: int
+    ) -> TritonSkipSoftmaxConfig:
+        """The same, with these thresholds in place of those of their phases."""
+        fields = {"prefill": "skip_softmax_threshold", "decode": "skip_softmax_decode_threshold"}
+        changed = {fields[phase]: threshold for phase, threshold in thresholds.items()}
+        return self.model_validate({**dict(self), **changed, "min_context": min_context})
 
 
 @register_sparse_method
@@ -53,15 +73,17 @@ class TritonSkipSoftmax(SparseMethod[TritonSkipSoftmaxConfig]):
     def plan(self) -> Plan:
         """Skipping in the phases that have a threshold above 0."""
         config = self.config
-        prefill, decode = config.skip_softmax_threshold, config.skip_softmax_decode_threshold
+        prefill, decode = map(
+            in_plan, (config.skip_softmax_threshold, config.skip_softmax_decode_threshold)
+        )
         least = least_context(config.min_context)
         skip = in_decode = None
-        if prefill:
-            skip = SkipSoftmax(prefill, block_rows=64, block_keys=128, min_context=least)
-        if decode:
+        if any(prefill.values()):
+            skip = SkipSoftmax(**prefill, block_rows=64, block_keys=128, min_context=least)
+        if any(decode.values()):
             in_decode = SkipSoftmaxDecode(
-                decode,
-                config.decode_block_keys,
+                **decode,
+                block_keys=config.decode_block_keys,
                 vote_heads=config.decode_vote_heads,
                 min_context=least,
             )
