@@ -2,6 +2,7 @@
 
 from . import modes
 from .config import SparseAttentionConfig
+from .config.calibration import CalibrationConfig
 from .continuous_batching import continuous_batching
 from .errors import (
     ArgumentError,
@@ -25,6 +26,7 @@ from .presets import (
 )
 from .report import get_stats, print_sparse_attention_summary, reset_stats
 from .sparse_mode import (
+    calibrate,
     disable_sparse_attention,
     enable_sparse_attention,
     from_pretrained,
@@ -32,6 +34,7 @@ from .sparse_mode import (
     sparsify,
     unsparsify,
 )
+from .thresholds import set_sparsity
 from .version import __version__
 
 # The one thing done at import: transformers must know the names before a model is loaded with them.
@@ -45,6 +48,7 @@ __all__ = [
     "SPARSE_SOFTMAX_DEFAULT",
     "ArgumentError",
     "ArgumentTypeError",
+    "CalibrationConfig",
     "ConfigError",
     "SparseAttentionConfig",
     "SparseAttentionError",
@@ -55,6 +59,7 @@ __all__ = [
     "UnsupportedCall",
     "UnsupportedModel",
     "__version__",
+    "calibrate",
     "continuous_batching",
     "disable_sparse_attention",
     "enable_sparse_attention",
@@ -70,6 +75,7 @@ __all__ = [
     "restore",
     "restore_from_modelopt_state",
     "save",
+    "set_sparsity",
     "sparsify",
     "unsparsify",
 ]

@@ -9,30 +9,27 @@ from typing import Any
 
 from torch import nn
 
+from modelopt_sparse.calibration.calibrate import Data
 from modelopt_sparse.config import SparseAttentionConfig
+from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.convert import configurations, convert, deconvert
-from modelopt_sparse.errors import ArgumentTypeError, ConfigError, UnsupportedModel, describe
+from modelopt_sparse.errors import ArgumentTypeError, ConfigError, describe
 from modelopt_sparse.integrations.hf_checkpoint import take_block, write_block
 from modelopt_sparse.models.attention import attention_targets
-from modelopt_sparse.modes.apply import (
-    applied_modes,
-    apply_mode,
-    check_model,
-    forget_mode,
-    parts_with_modes,
-)
+from modelopt_sparse.modes.apply import apply_mode, check_model, forget_mode
 from modelopt_sparse.modes.base import Metadata, Mode
 from modelopt_sparse.modes.registry import register_mode
 from modelopt_sparse.modes.state import STATE_VERSION, restore_from_modelopt_state
 from modelopt_sparse.modes.undo import undone_on_failure
-from modelopt_sparse.module import SparseAttentionModule
 from modelopt_sparse.module_state import (
     check_decision_tiles,
     module_states,
     resolved_states,
     sparse_modules,
 )
-from modelopt_sparse.patterns import Pattern, check_pattern, matches, pattern_name
+from modelopt_sparse.patterns import Pattern
+from modelopt_sparse.sparse_parts import changed, chosen_modules, sparsified_parts
+from modelopt_sparse.thresholds import calibrate_modules
 
 MODE_NAME = "sparse_attention"
 
@@ -47,7 +44,7 @@ class SparseAttentionMode(Mode[SparseAttentionConfig]):
 
     def convert(self, model: nn.Module, config: SparseAttentionConfig) -> Metadata:
         """Makes the modules that the configuration matches sparse."""
-        _sparsified_parts(model)
+        sparsified_parts(model)
         resolved = config.resolve_all(attention_targets(model).values())
         if not resolved:
             takes = "at least one rule that names a method for a module of this model"
@@ -60,7 +57,7 @@ class SparseAttentionMode(Mode[SparseAttentionConfig]):
 
     def restore(self, model: nn.Module, config: SparseAttentionConfig, metadata: Metadata) -> None:
         """Makes the modules that the metadata names sparse, as they were when it was written."""
-        _sparsified_parts(model)
+        sparsified_parts(model)
         resolved, tiles = resolved_states(metadata.get("modules"), attention_targets(model))
         with undone_on_failure(model, *configurations(model)):
             convert(model, resolved)
@@ -78,15 +75,18 @@ class SparseAttentionMode(Mode[SparseAttentionConfig]):
         return config.to_dict()
 
 
-def sparsify(
-    model: nn.Module, config: SparseAttentionConfig | Mapping[str, Any] | str | PathLike[str]
-) -> nn.Module:
+Config = SparseAttentionConfig | Mapping[str, Any] | str | PathLike[str]
+
+
+def sparsify(model: nn.Module, config: Config, forward_loop: Data = None) -> nn.Module:
     """Makes the attention of `model` sparse, in place, all or nothing.
 
     Args:
         model: a transformers model whose attention modules use the attention interface. One that is
             sparse already gets the new configuration in place of the old one.
         config: a preset, a `SparseAttentionConfig`, the mapping of one, or a path to a JSON or YAML file.
+            If it has a ``calibration``, the model is calibrated too, as by `calibrate`.
+        forward_loop: what to calibrate with; see `calibrate`.
     Returns:
         `model`, whose matched modules are now `SparseAttentionModule`s.
     Raises:
@@ -99,7 +99,53 @@ def sparsify(
     saved, rather than a part of it.
     """
     check_model(model)
-    return apply_mode(model, MODE_NAME, SparseAttentionConfig.load(config))
+    loaded = SparseAttentionConfig.load(config)
+    if loaded.calibration is None and forward_loop is not None:
+        remedy = "Add calibration={...} to the configuration, or leave the loop out."
+        takes = "None: the configuration has no calibration"
+        raise ConfigError(describe("forward_loop", "one", takes, remedy))
+    with undone_on_failure(model, *configurations(model)):
+        apply_mode(model, MODE_NAME, loaded)
+        if loaded.calibration is not None:
+            calibrate_modules(model, loaded.calibration, forward_loop)
+    return model
+
+
+def calibrate(
+    model: nn.Module, config: Config | CalibrationConfig | None = None, forward_loop: Data = None
+) -> nn.Module:
+    """Gives a model thresholds by which it skips a share of tiles that you name, from one pass over prompts.
+
+    The model computes densely meanwhile, and counts what every lambda would skip, by length. Then each
+    sequence gets its lambda by its own number of keys. Sequences shorter than any that was counted are dense.
+    `set_sparsity` changes the share afterwards.
+
+    Args:
+        model: a sparse model: its enabled modules are calibrated. Or any other, with a `config` to
+            sparsify it by.
+        config: a `CalibrationConfig`, a mapping of its fields, or None for its defaults; or what
+            `sparsify` takes, with a ``calibration``.
+        forward_loop: what to calibrate with: a function that runs the model it is given; batches of token
+            ids [B, n] or mappings with ``input_ids``; or None: prompts that the configuration describes.
+    Returns:
+        `model`.
+    Raises:
+        ConfigError: the configuration isn't taken, a method has no threshold, or too little was seen.
+        UnsupportedCall: an enabled module is bidirectional.
+        UnsupportedModel: `model` is only a part of the model that was made sparse.
+        And what `forward_loop` raises. After any of these the model is as before.
+    """
+    check_model(model)
+    if isinstance(config, Mapping) and not set(config) & set(SparseAttentionConfig.model_fields):
+        config = CalibrationConfig.load(config)
+    if config is None or isinstance(config, CalibrationConfig):
+        calibrate_modules(model, config or CalibrationConfig(), forward_loop)
+        return model
+    loaded = SparseAttentionConfig.load(config)
+    if loaded.calibration is None:
+        remedy = "Add calibration={} for its defaults."
+        raise ConfigError(describe("config.calibration", None, "a calibration", remedy))
+    return sparsify(model, loaded, forward_loop)
 
 
 def unsparsify(model: nn.Module) -> nn.Module:
@@ -111,7 +157,7 @@ def unsparsify(model: nn.Module) -> nn.Module:
         UnsupportedModel: `model` is only a part of the model that was made sparse.
     """
     check_model(model)
-    _sparsified_parts(model)
+    sparsified_parts(model)
     with undone_on_failure(model, *configurations(model)):
         deconvert(model)
         forget_mode(model, MODE_NAME)
@@ -172,43 +218,9 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], *args: Any, **kw
     return loaded
 
 
-def _sparsified_parts(model: nn.Module) -> list[tuple[nn.Module, SparseAttentionConfig]]:
-    """The modules, of `model` itself and within it, that `sparsify` was called with, and what with.
-
-    Raises:
-        UnsupportedModel: a sparse module of `model` is in none of them: its record is out of reach.
-    """
-    parts = [
-        (part, entry.config)
-        for _, part in parts_with_modes(model)
-        for entry in applied_modes(part)
-        if isinstance(entry.config, SparseAttentionConfig)
-    ]
-    within = {id(module) for part, _ in parts for module in part.modules()}
-    if any(id(module) not in within for _, module in sparse_modules(model)):
-        got = f"a {type(model).__name__} that is part of a sparse model"
-        takes = "the model that was made sparse, or one that contains it"
-        raise UnsupportedModel(describe("model", got, takes))
-    return parts
-
-
 def _set_enabled(model: nn.Module, pattern: Pattern, enabled: bool) -> nn.Module:
-    check_model(model)
-    check_pattern(pattern)
-    parts = _sparsified_parts(model)
-    targets = [
-        target
-        for target in (attention_targets(model).values() if parts else ())
-        if isinstance(target.module, SparseAttentionModule)
-    ]
-    chosen = [target.module for target in targets if matches(pattern, target)]
-    if not chosen:
-        names = ", ".join(target.name for target in targets[:20]) or "none here"
-        takes = f"one of the sparse modules: {names}"
-        raise ConfigError(describe("pattern", pattern_name(pattern), takes))
-    with undone_on_failure(model, *configurations(model)):
-        for module in chosen:
+    modules = chosen_modules(model, pattern)
+    with changed(model):
+        for module in modules.values():
             module.enabled = enabled
-        for part, config in parts:
-            write_block(part, config, module_states(part))
     return model

@@ -22,7 +22,7 @@ class Curve:
     Exact at the edges of the bins, which are 9 % of lambda apart; between them, linear in log(lambda).
 
     Args:
-        counts: int64 [BINS], tiles of a histogram (`TileCounts.histogram`) or of several.
+        counts: [BINS], tiles of a histogram (`TileCounts.histogram`) or of several; any weights.
     """
 
     counts: Tensor

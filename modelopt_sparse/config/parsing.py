@@ -53,11 +53,6 @@ def own_names(keys: Iterable[str]) -> set[str]:
 
 
 def _check_key(pattern: object, raw: object) -> None:
-    if pattern == "calibration":
-        raise ConfigError(
-            "sparse_cfg: got 'calibration'; takes patterns. "
-            "Calibration is not offered yet; set thresholds in the rules."
-        )
     keys = {"method", "enable"}.union(*(m.Config.model_fields for m in sparse_methods().values()))
     if isinstance(pattern, str) and pattern in keys and not isinstance(raw, Mapping):
         remedy = f"Put it in a rule: {{'*': {{{pattern!r}: ...}}}}."

@@ -20,6 +20,7 @@ from modelopt_sparse.errors import ConfigError, describe
 from modelopt_sparse.methods.base import nearest
 from modelopt_sparse.patterns import Pattern, Target, matches, names_exactly, pattern_name
 
+from .calibration import CalibrationConfig
 from .explain import explained, shown
 from .files import read_mapping, write_mapping
 from .parsing import own_names, parse_rules
@@ -49,6 +50,8 @@ class SparseAttentionConfig(BaseModel):
         include_non_causal: whether wildcards, callables and "default" also reach cross-attention
             and bidirectional attention. If not, only a pattern that spells out a module's name or
             class does.
+        calibration: how thresholds are found when the model is made sparse; see `CalibrationConfig`. Also
+            taken as the key "calibration" of ``sparse_cfg``.
 
     Raises:
         ConfigError: anything in it isn't taken; the message names the pattern, the field, what it
@@ -59,12 +62,21 @@ class SparseAttentionConfig(BaseModel):
 
     sparse_cfg: Annotated[InstanceOf[Rules], PlainSerializer(dict)]
     include_non_causal: StrictBool = False
+    calibration: CalibrationConfig | None = None
 
     def __init__(self, /, **data: Any) -> None:
         for key in data:
             _check_key(key)
         if "sparse_cfg" not in data:
             raise ConfigError(describe("sparse_cfg", "nothing", "a mapping from patterns to rules"))
+        rules = data["sparse_cfg"]
+        if isinstance(rules, Mapping) and "calibration" in rules:
+            if data.get("calibration") is not None:
+                raise ConfigError(describe("calibration", "two", "one, beside sparse_cfg or in it"))
+            data["calibration"] = rules["calibration"]
+            data["sparse_cfg"] = {key: rule for key, rule in rules.items() if key != "calibration"}
+        if data.get("calibration") is not None:
+            data["calibration"] = CalibrationConfig.load(data["calibration"])
         try:
             super().__init__(**data | {"sparse_cfg": parse_rules(data["sparse_cfg"])})
         except ValidationError as error:
@@ -111,10 +123,13 @@ class SparseAttentionConfig(BaseModel):
                 got = f"the callable {pattern_name(pattern)}"
                 remedy = "Use string patterns in configurations that are saved."
                 raise ConfigError(describe(place, got, "a string pattern", remedy))
-        return {
+        plain = {
             "sparse_cfg": dict(self.sparse_cfg),
             "include_non_causal": self.include_non_causal,
         }
+        if self.calibration is not None:
+            plain["calibration"] = self.calibration.model_dump(mode="json")
+        return plain
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes a .json, .yaml or .yml file that `load` reads.
@@ -142,6 +157,7 @@ class SparseAttentionConfig(BaseModel):
         return SparseAttentionConfig(
             sparse_cfg={**self.sparse_cfg, pattern: kept | fields},
             include_non_causal=self.include_non_causal,
+            calibration=self.calibration,
         )
 
     def resolve(self, target: Target) -> Resolved | None:

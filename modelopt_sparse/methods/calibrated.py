@@ -22,7 +22,7 @@ from pydantic import (
 from modelopt_sparse.kernels.scale_factors import ScaleFactors
 
 from .base import SparseMethodConfig
-from .fields import fraction, fraction_or_none, not_taken
+from .fields import MinContext, fraction, fraction_or_none, not_taken
 
 PhaseName = Literal["prefill", "decode"]
 
@@ -148,7 +148,13 @@ class CalibratedThreshold(BaseModel):
 
 
 class SkipSoftmaxConfig(SparseMethodConfig):
-    """Base of the configurations whose thresholds can be calibrated."""
+    """Base of the configurations whose thresholds can be calibrated.
+
+    Args:
+        min_context: sequences of fewer keys are dense, in both phases. "auto": where skipping doesn't pay.
+    """
+
+    min_context: MinContext = 0
 
     @abstractmethod
     def threshold(self, phase: PhaseName) -> float | CalibratedThreshold | None:
@@ -156,7 +162,7 @@ class SkipSoftmaxConfig(SparseMethodConfig):
 
     @abstractmethod
     def with_thresholds(
-        self, thresholds: Mapping[PhaseName, float | CalibratedThreshold], min_context: int
+        self, thresholds: Mapping[PhaseName, float | CalibratedThreshold], min_context: MinContext
     ) -> SkipSoftmaxConfig:
         """The same, with these thresholds in place of those of their phases."""
 

@@ -70,7 +70,6 @@ class FlashSkipSoftmaxConfig(SkipSoftmaxConfig):
         decode_block_keys: keys of a decision tile in decode: 16, 32, 64 or 128. Part of the result.
         decode_vote_heads: query heads that decide together in decode, a divisor of those that share a KV
             head. None: all of these. Part of the result.
-        min_context: sequences of fewer keys are dense, in both phases. "auto": where skipping doesn't pay.
     """
 
     abandoned: ClassVar[Mapping[str, str]] = {
@@ -90,7 +89,6 @@ class FlashSkipSoftmaxConfig(SkipSoftmaxConfig):
     bc: TileSize = 128
     decode_block_keys: TileSize = 64
     decode_vote_heads: OptionalHeads = None
-    min_context: MinContext = 0
 
     def threshold(self, phase: PhaseName) -> float | CalibratedThreshold | None:
         """What the phase has now; None or 0 is dense."""
@@ -98,7 +96,7 @@ class FlashSkipSoftmaxConfig(SkipSoftmaxConfig):
         return lambdas[0] if lambdas else None
 
     def with_thresholds(
-        self, thresholds: Mapping[PhaseName, float | CalibratedThreshold], min_context: int
+        self, thresholds: Mapping[PhaseName, float | CalibratedThreshold], min_context: MinContext
     ) -> FlashSkipSoftmaxConfig:
         """The same, with these thresholds in place of the first of their phases."""
         changed: dict[str, Any] = {

@@ -29,7 +29,6 @@ class TritonSkipSoftmaxConfig(SkipSoftmaxConfig):
         decode_block_keys: keys of a decision tile in decode: 16, 32, 64 or 128. Part of the result.
         decode_vote_heads: query heads that decide together in decode, a divisor of those that share a KV
             head. None: all of these. Part of the result.
-        min_context: sequences of fewer keys are dense, in both phases. "auto": where skipping doesn't pay.
     """
 
     abandoned: ClassVar[Mapping[str, str]] = {
@@ -43,7 +42,6 @@ class TritonSkipSoftmaxConfig(SkipSoftmaxConfig):
     skip_softmax_decode_threshold: OptionalThreshold = None
     decode_block_keys: TileSize = 64
     decode_vote_heads: OptionalHeads = None
-    min_context: MinContext = 0
 
     def threshold(self, phase: PhaseName) -> float | CalibratedThreshold | None:
         """What the phase has now; None or 0 is dense."""
@@ -51,7 +49,7 @@ class TritonSkipSoftmaxConfig(SkipSoftmaxConfig):
         return self.skip_softmax_threshold if is_prefill else self.skip_softmax_decode_threshold
 
     def with_thresholds(
-        self, thresholds: Mapping[PhaseName, float | CalibratedThreshold], min_context: int
+        self, thresholds: Mapping[PhaseName, float | CalibratedThreshold], min_context: MinContext
     ) -> TritonSkipSoftmaxConfig:
         """The same, with these thresholds in place of those of their phases."""
         fields = {"prefill": "skip_softmax_threshold", "decode": "skip_softmax_decode_threshold"}

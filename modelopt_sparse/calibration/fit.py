@@ -1,0 +1,58 @@
+"""From curves of some lengths to thresholds for all: a table of what was measured, and a formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import linear_regression
+
+from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.methods.calibrated import ScaleFormula, ScaleTable
+
+from .curve import Curve
+
+TARGETS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+"""The shares of tiles that a table has: 5 % to 95 %."""
+
+
+def table_of(curves: Mapping[int, Sequence[Curve]]) -> ScaleTable:
+    """What each share takes at each length.
+
+    Args:
+        curves: by length, one for all heads, or one for each.
+    """
+    factors = []
+    for length, own in curves.items():
+        cells = [
+            tuple(float(f"{curve.threshold(target) * length:.6g}") for curve in own)
+            for target in TARGETS
+        ]
+        factors.append(tuple(cell if len(cell) > 1 else cell[0] for cell in cells))
+    return ScaleTable(lengths=tuple(curves), targets=TARGETS, factors=tuple(factors))
+
+
+def formula_of(curves: Mapping[int, Curve]) -> ScaleFormula:
+    """``a * exp(b * share)``, by least squares over log(scale factor) where lambda lies between 0 and 1.
+
+    Raises:
+        ConfigError: no two shares of a table are reached by a lambda below 1.
+    """
+    points = [
+        (target, math.log(threshold * length))
+        for length, curve in curves.items()
+        for target in TARGETS
+        if 0 < (threshold := curve.threshold(target)) < 1
+    ]
+    if len({target for target, _ in points}) < 2:
+        got = f"at most {100 * max(curve.most for curve in curves.values()):.1f} % of tiles skipped"
+        remedy = "Calibrate on longer prompts."
+        raise ConfigError(describe("calibration", got, "prompts that let 10 % be skipped", remedy))
+    b, log_a = linear_regression(*zip(*points, strict=True))
+    fitted = ScaleFormula(a=float(f"{math.exp(log_a):.6g}"), b=float(f"{b:.6g}"))
+    errors = [
+        abs(curve.share(min(fitted.factor(target) / length, 1.0)) - target)
+        for length, curve in curves.items()
+        for target in TARGETS
+        if target <= curve.most
+    ]
+    return fitted.model_copy(update={"worst_error": round(100 * max(errors), 2)})

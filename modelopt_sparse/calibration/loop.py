@@ -1,0 +1,67 @@
+"""Running a model on what it is calibrated with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from modelopt_sparse.config.calibration import CalibrationConfig
+from modelopt_sparse.errors import ArgumentTypeError, describe
+
+
+def run_prompts(model: nn.Module, batches: Iterable[Any], config: CalibrationConfig) -> None:
+    """Gives each batch to the model, in chunks if there is a chunk size, and lets it write some tokens.
+
+    Args:
+        batches: token ids [B, n], or mappings with ``input_ids`` and, where there is padding, an
+            ``attention_mask`` [B, n].
+
+    Raises:
+        ArgumentTypeError: a batch is something else.
+    """
+    for batch in batches:
+        ids, mask = _ids_and_mask(batch, next(model.parameters()).device)
+        _run(model, ids, mask, config)
+
+
+def _run(model: nn.Module, ids: Tensor, mask: Tensor | None, config: CalibrationConfig) -> None:
+    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    if mask is None:
+        mask = torch.ones_like(ids)
+    mask = torch.cat([mask, mask.new_ones(len(mask), config.num_decode_tokens)], 1)
+    whole, seen, token = mask, 0, ids
+
+    def step(given: Tensor) -> Tensor:
+        nonlocal seen
+        seen += given.shape[1]
+        # Of all logits only the last are looked at.
+        logits: Tensor = model(
+            given,
+            attention_mask=whole[:, :seen],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1:].argmax(-1)
+
+    for chunk in torch.split(ids, config.chunk_size or ids.shape[1], dim=1):
+        token = step(chunk)
+    for _ in range(config.num_decode_tokens):
+        token = step(token)
+
+
+def _ids_and_mask(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    ids, mask = (
+        (batch.get("input_ids"), batch.get("attention_mask"))
+        if isinstance(batch, Mapping)
+        else (batch, None)
+    )
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(batch)[:100]
+        takes = "token ids [batch, tokens], or a mapping with them as input_ids"
+        raise ArgumentTypeError(describe("a batch to calibrate with", got, takes))
+    return ids.to(device), None if mask is None else mask.to(device)

@@ -1,0 +1,100 @@
+"""Prompts in tokens, of the lengths that a calibration wants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from modelopt_sparse.config.calibration import CalibrationConfig
+from modelopt_sparse.errors import ConfigError, describe
+
+from .tasks import make_task
+
+# The shortest prompts.
+LEAST = 1024
+# Text is turned into tokens so much at a time: some tokenizers take time that grows with its square.
+_CHARACTERS = 4096
+
+
+def prompts(model: nn.Module, config: CalibrationConfig, seed: int = 0) -> Iterator[Tensor]:
+    """Token ids [1, n] of each sample: from `max_seqlen` tokens down by halves, and over again.
+
+    Args:
+        seed: other ones give other samples.
+
+    Raises:
+        ConfigError: there is no tokenizer, or a file is too short.
+        FileNotFoundError: a file isn't there.
+    """
+    tokenizer = _tokenizer(model, config.tokenizer)
+    lengths = [config.max_seqlen]
+    while lengths[-1] >= 2 * LEAST:
+        lengths.append(lengths[-1] // 2)
+    for index in range(config.samples):
+        length = lengths[index % len(lengths)]
+        if config.text_files is None:
+            task = make_task(index, seed)
+            opening, question = (
+                _ids(tokenizer, f"{task.opening}\n"),
+                _tail(tokenizer, task.question),
+            )
+            middle = _many(tokenizer, (f"{line}\n" for line in task.lines))
+        else:
+            path = config.text_files[index % len(config.text_files)]
+            opening, question = _ids(tokenizer, ""), []
+            middle = _many(tokenizer, _parts(path, (seed + 0.618 * index) % 1.0))
+        wanted = length - len(opening) - len(question)
+        ids = [*opening, *islice(middle, wanted), *question]
+        yield torch.tensor([ids])
+
+
+def _tokenizer(model: nn.Module, name: str | None) -> Any:
+    name = name or getattr(model, "name_or_path", "") or ""
+    remedy = "Give a forward_loop, or calibration.tokenizer."
+    if not name:
+        got = "a model that wasn't loaded from a checkpoint"
+        raise ConfigError(describe("calibration.tokenizer", got, "a name or path", remedy))
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        got = f"{name!r}, which has none ({type(error).__name__})"
+        takes = "the name or path of a tokenizer"
+        raise ConfigError(describe("calibration.tokenizer", got, takes, remedy)) from error
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """The beginning of a prompt, with the tokens that every prompt begins with."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _tail(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _many(tokenizer: Any, parts: Iterator[str]) -> Iterator[int]:
+    text = ""
+    for part in parts:
+        text += part
+        if len(text) >= _CHARACTERS:
+            yield from _tail(tokenizer, text)
+            text = ""
+    yield from _tail(tokenizer, text)
+
+
+def _parts(path: str, start: float) -> Iterator[str]:
+    """The file from a place between 0, its beginning, and 1 on, and round and round."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        raise ConfigError(describe("calibration.text_files", f"{path!r}, which is empty", "text"))
+    position = int(start * len(text))
+    while True:
+        yield text[position : position + _CHARACTERS]
+        position = position + _CHARACTERS if position + _CHARACTERS < len(text) else 0

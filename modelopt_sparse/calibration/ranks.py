@@ -1,0 +1,26 @@
+"""What several processes counted, together: every one gets the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import distributed
+
+from .recorder import Tallies, added
+
+
+def of_all_ranks(tallies: Mapping[str, Tallies]) -> dict[str, Tallies]:
+    """Adds what all ranks counted, by module, without telling heads apart.
+
+    Ranks may have other prompts, other heads of the same modules, or other modules.
+    """
+    own = {
+        name: {place: tally.of_all_heads() for place, tally in counted.items()}
+        for name, counted in tallies.items()
+    }
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return own
+    gathered: list[dict[str, Tallies]] = [{} for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(gathered, own)
+    names = dict.fromkeys(name for each in gathered for name in each)
+    return {name: added(each.get(name, {}) for each in gathered) for name in names}
