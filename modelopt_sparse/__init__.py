@@ -20,7 +20,9 @@ from .modes import modelopt_state, restore, restore_from_modelopt_state, save
 from .module import SparseAttentionModule
 from .presets import (
     PRESETS,
+    SKIP_SOFTMAX_CALIB,
     SKIP_SOFTMAX_DEFAULT,
+    SKIP_SOFTMAX_TRITON_CALIB,
     SKIP_SOFTMAX_TRITON_DEFAULT,
     SPARSE_SOFTMAX_DEFAULT,
 )
@@ -43,7 +45,9 @@ hf_paged.register()
 
 __all__ = [
     "PRESETS",
+    "SKIP_SOFTMAX_CALIB",
     "SKIP_SOFTMAX_DEFAULT",
+    "SKIP_SOFTMAX_TRITON_CALIB",
     "SKIP_SOFTMAX_TRITON_DEFAULT",
     "SPARSE_SOFTMAX_DEFAULT",
     "ArgumentError",

@@ -34,6 +34,12 @@ SPARSE_SOFTMAX_DEFAULT = SparseAttentionConfig(
 )
 """2:4 sparse softmax outside a window of 64 keys in prefill, in every causal self-attention."""
 
+SKIP_SOFTMAX_TRITON_CALIB = SparseAttentionConfig(
+    sparse_cfg=SKIP_SOFTMAX_TRITON_DEFAULT.sparse_cfg,
+    calibration={"target_sparse_ratio": {"prefill": 0.5, "decode": 0.5}},
+)
+"""Skip-softmax calibrated to leave out half of the tiles, in prefill and in decode."""
+
 SKIP_SOFTMAX_DEFAULT = SparseAttentionConfig(
     sparse_cfg={
         "default": {"enable": False},
@@ -48,11 +54,19 @@ SKIP_SOFTMAX_DEFAULT = SparseAttentionConfig(
 )
 """Skip-softmax at lambda 1e-3 in prefill and 1e-4 in decode, in the torch reference."""
 
+SKIP_SOFTMAX_CALIB = SparseAttentionConfig(
+    sparse_cfg=SKIP_SOFTMAX_DEFAULT.sparse_cfg,
+    calibration={"target_sparse_ratio": {"prefill": 0.5, "decode": 0.5}},
+)
+"""The same, calibrated to leave out half of the tiles, in prefill and in decode."""
+
 PRESETS: Mapping[str, SparseAttentionConfig] = MappingProxyType(
     {
         "skip_softmax": SKIP_SOFTMAX_TRITON_DEFAULT,
         "sparse_softmax": SPARSE_SOFTMAX_DEFAULT,
         "flash_skip_softmax": SKIP_SOFTMAX_DEFAULT,
+        "skip_softmax_calib": SKIP_SOFTMAX_TRITON_CALIB,
+        "flash_skip_softmax_calib": SKIP_SOFTMAX_CALIB,
     }
 )
 """The presets by the names that command lines take."""

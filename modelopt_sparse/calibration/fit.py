@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import linear_regression
 
 from modelopt_sparse.errors import ConfigError, describe
@@ -15,20 +15,19 @@ TARGETS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """The shares of tiles that a table has: 5 % to 95 %."""
 
 
-def table_of(curves: Mapping[int, Sequence[Curve]]) -> ScaleTable:
-    """What each share takes at each length.
+def table_of(curves: Mapping[int, Curve]) -> ScaleTable:
+    """What each share takes at each length."""
+    rows = (
+        tuple(factor(curve, target, length) for target in TARGETS)
+        for length, curve in curves.items()
+    )
+    return ScaleTable(lengths=tuple(curves), targets=TARGETS, factors=tuple(rows))
 
-    Args:
-        curves: by length, one for all heads, or one for each.
-    """
-    factors = []
-    for length, own in curves.items():
-        cells = [
-            tuple(float(f"{curve.threshold(target) * length:.6g}") for curve in own)
-            for target in TARGETS
-        ]
-        factors.append(tuple(cell if len(cell) > 1 else cell[0] for cell in cells))
-    return ScaleTable(lengths=tuple(curves), targets=TARGETS, factors=tuple(factors))
+
+def factor(curve: Curve, share: float, length: int) -> float:
+    """The scale factor by which sequences of so many keys skip this share."""
+    # No share of 0 has a lambda, and the least is that of the last bin.
+    return float(f"{max(curve.threshold(share), 2.0**-32) * length:.6g}")
 
 
 def formula_of(curves: Mapping[int, Curve]) -> ScaleFormula:

@@ -37,16 +37,18 @@ def prompts(model: nn.Module, config: CalibrationConfig, seed: int = 0) -> Itera
     while lengths[-1] >= 2 * LEAST:
         lengths.append(lengths[-1] // 2)
     for index in range(config.samples):
-        length = lengths[index % len(lengths)]
+        # All lengths with one kind of task, or one file, before the next.
+        turn, place = divmod(index, len(lengths))
+        length = lengths[place]
         if config.text_files is None:
-            task = make_task(index, seed)
+            task = make_task(turn, f"{seed}/{index}")
             opening, question = (
                 _ids(tokenizer, f"{task.opening}\n"),
                 _tail(tokenizer, task.question),
             )
             middle = _many(tokenizer, (f"{line}\n" for line in task.lines))
         else:
-            path = config.text_files[index % len(config.text_files)]
+            path = config.text_files[turn % len(config.text_files)]
             opening, question = _ids(tokenizer, ""), []
             middle = _many(tokenizer, _parts(path, (seed + 0.618 * index) % 1.0))
         wanted = length - len(opening) - len(question)

@@ -31,27 +31,45 @@ class Tally:
     """Tiles of rows at like positions.
 
     Args:
-        histogram: int64 [BINS, Hq], by the lambda at which they fall.
-        rows: how many rows. keys: those of their sequences, added up. longest: the most that a row saw.
+        histogram: int64 [BINS, U], by the lambda at which they fall. U: heads, or in decode groups of heads
+            that decide together.
+        errors: float64 [1 + probes, U], sums of squares: of the dense output, and of what each probe's
+            differs from it.
+        rows: how many rows. keys: those of their sequences, added up.
+        shortest, longest: the least of these, and the most that a row saw.
     """
 
     histogram: Tensor
+    errors: Tensor
     rows: int
     keys: int
+    shortest: int
     longest: int
 
     def __add__(self, other: Tally) -> Tally:
         """Both together."""
         return Tally(
             self.histogram + other.histogram,
+            self.errors + other.errors,
             self.rows + other.rows,
             self.keys + other.keys,
+            min(self.shortest, other.shortest),
             max(self.longest, other.longest),
         )
 
     def of_all_heads(self) -> Tally:
-        """The same without telling heads apart: [BINS, 1]."""
-        return replace(self, histogram=self.histogram.sum(1, keepdim=True))
+        """The same without telling heads apart: [BINS, 1] and [1 + probes, 1]."""
+        return replace(
+            self,
+            histogram=self.histogram.sum(1, keepdim=True),
+            errors=self.errors.sum(1, keepdim=True),
+        )
+
+    def weighted(self, weight: float) -> Tally:
+        """The same, as often as `weight` says."""
+        return replace(
+            self, histogram=self.histogram.double() * weight, errors=self.errors * weight
+        )
 
 
 Tallies = dict[tuple[Phase, int], Tally]
@@ -76,14 +94,15 @@ class Recorder:
     first n rows of a prompt are a prompt of n tokens.
 
     Args:
-        plan: what the module leaves out. Its thresholds are only counted.
+        plan: what the module leaves out. Its thresholds don't matter.
+        probes: lambdas to try, for what they do to the output.
+        heads: query heads of the calls, known after the first.
     """
 
     plan: Plan
+    probes: tuple[float, ...] = ()
     tallies: Tallies = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.plan = counting(self.plan)
+    heads: int = 0
 
     def __call__(self, call: AttentionCall, plan: Plan) -> AttentionOutput:
         """The call with nothing skipped.
@@ -99,7 +118,7 @@ class Recorder:
         out = call.q.new_zeros(rows, heads, call.v.shape[-1])
         lse = torch.full((rows, heads), -torch.inf, device=out.device)
         for piece in call.pieces(CUTS):
-            found = piece.call(self.plan)
+            found = piece.call(with_lambda(self.plan, None))
             out[piece.rows], lse[piece.rows] = found.out, found.lse.float()
             self._count(piece, found)
         return AttentionOutput(out, lse)
@@ -109,37 +128,66 @@ class Recorder:
         if counts is None or counts.histogram is None:
             return
         rows, longest = piece.call.q.shape[0], piece.call.seqs.max_k
+        self.heads = piece.call.q.shape[1]
         if piece.phase is Phase.PREFILL:
             place = next(cut for cut in CUTS if cut >= longest)
         else:
             place = round(_BUCKETS_PER_OCTAVE * math.log2(piece.n_k))
-        tally = Tally(counts.histogram.cpu(), rows, rows * piece.n_k, longest)
+        dense = found.out.double()
+        errors = [dense]
+        for threshold in self.probes:
+            errors.append(piece.call(with_lambda(self.plan, threshold)).out.double() - dense)
+        squares = torch.stack([error.square().sum((0, 2)) for error in errors])
+        voters = self._voters(piece)
+        tally = Tally(
+            _of_voters(counts.histogram, voters).cpu(),
+            _of_voters(squares, voters).cpu(),
+            rows,
+            rows * piece.n_k,
+            piece.n_k,
+            longest,
+        )
         self.tallies = added([self.tallies, {(piece.phase, place): tally}])
 
+    def _voters(self, piece: Piece) -> int:
+        """How many heads decide together."""
+        if piece.phase is Phase.PREFILL or self.plan.skip_decode is None:
+            return 1
+        return self.plan.skip_decode.vote_heads or self.heads // piece.call.k.shape[-2]
 
-def counting(plan: Plan) -> Plan:
-    """The plan with tiles counted by lambda, and none skipped."""
-    return replace(plan, skip=_counting(plan.skip), skip_decode=_counting(plan.skip_decode))
+
+def _of_voters(values: Tensor, voters: int) -> Tensor:
+    """[.., Hq] summed over heads that decide together."""
+    return values.view(len(values), -1, voters).sum(2)
+
+
+def with_lambda(plan: Plan, threshold: float | None) -> Plan:
+    """The plan with this lambda in both phases; with None, nothing is skipped, and what every lambda would
+    skip is counted."""
+    skip, decode = plan.skip, plan.skip_decode
+    return replace(
+        plan,
+        skip=None if skip is None else _with_lambda(skip, threshold),
+        skip_decode=None if decode is None else _with_lambda(decode, threshold),
+    )
 
 
 S = TypeVar("S", SkipSoftmax, SkipSoftmaxDecode)
 
 
-def _counting(skip: S | None) -> S | None:
-    if skip is None:
-        return None
+def _with_lambda(skip: S, threshold: float | None) -> S:
     return replace(
         skip,
-        threshold=None,
+        threshold=threshold,
         scale_factor=None,
         count_thresholds=(),
-        histogram=True,
+        histogram=threshold is None,
         min_context=0,
     )
 
 
-def by_length(tallies: Tallies, phase: Phase) -> dict[int, Tensor]:
-    """Histograms [BINS, Hq] of one sequence of each length: float64, by number of keys, rising.
+def by_length(tallies: Tallies, phase: Phase) -> dict[int, Tally]:
+    """What was counted, of one sequence of each length: by number of keys, rising.
 
     Prompts end where a piece does, and where the longest does; steps of decode are as long as those that
     were counted, on average. What isn't known from its first row on isn't among them.
@@ -147,16 +195,28 @@ def by_length(tallies: Tallies, phase: Phase) -> dict[int, Tensor]:
     places = sorted(place for own, place in tallies if own is phase)
     found = {place: tallies[phase, place] for place in places}
     if phase is Phase.DECODE:
-        return {round(t.keys / t.rows): t.histogram.double() / t.rows for t in found.values()}
-    histograms: dict[int, Tensor] = {}
-    start, total = 0, torch.zeros(())
+        return {round(t.keys / t.rows): t.weighted(1 / t.rows) for t in found.values()}
+    lengths: dict[int, Tally] = {}
+    start, total = 0, None
     for cut in CUTS:
         if cut not in found:
             break
         end = min(cut, found[cut].longest)
-        total = total + found[cut].histogram.double() * ((end - start) / found[cut].rows)
-        histograms[end] = total
+        piece = found[cut].weighted((end - start) / found[cut].rows)
+        total = piece if total is None else total + piece
+        lengths[end] = total
         if end < cut:
             break
         start = cut
-    return histograms
+    return lengths
+
+
+def shortest(tallies: Iterable[Tallies]) -> int:
+    """The least number of keys that something was counted for; 0 if nothing was."""
+    found = [
+        min(CUTS[0], tally.longest) if phase is Phase.PREFILL else tally.shortest
+        for each in tallies
+        for (phase, place), tally in each.items()
+        if phase is Phase.DECODE or place == CUTS[0]
+    ]
+    return min(found, default=0)

@@ -45,9 +45,9 @@ class Task:
     lines: Iterator[str]
 
 
-def make_task(index: int, seed: int = 0) -> Task:
-    """Task number `index` of a seed; kinds take turns."""
-    return _KINDS[index % len(_KINDS)](Random(f"{seed}/{index}"))
+def make_task(kind: int, seed: str) -> Task:
+    """A task of the kind with that number; numbers go round. The same for the same seed."""
+    return _KINDS[kind % len(_KINDS)](Random(seed))
 
 
 def _sentence(random: Random) -> str:

@@ -49,7 +49,9 @@ class CalibrationConfig(BaseModel):
         target_sparse_ratio: the share of visible tiles to skip: a number from 0 (dense) to below 1 for
             both phases, or one by phase; a phase that is left out stays as it is.
         thresholds_for: "model" has one threshold by length for all modules, so that the share holds over
-            all of them together; "layer" one for each module, each of which then skips that share.
+            all of them together; "layer" one for each module, each of which then skips that share; "head"
+            one for each head, such that all of them together skip that share, each as much as changes the
+            output of its layer least.
         form: "table" runs what was measured, by length; "formula" runs a * exp(b * share) / keys, which
             serving engines read.
         samples: how many prompts, where no forward_loop brings its own.
@@ -63,7 +65,7 @@ class CalibrationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target_sparse_ratio: TargetSparsity = Field(default_factory=lambda: by_phase(0.5))
-    thresholds_for: Literal["model", "layer"] = "model"
+    thresholds_for: Literal["model", "layer", "head"] = "model"
     form: Literal["table", "formula"] = "table"
     samples: _Count = 12
     max_seqlen: Annotated[int, Field(ge=1024, strict=True)] = 8192
@@ -76,6 +78,8 @@ class CalibrationConfig(BaseModel):
     def _has_text(self) -> CalibrationConfig:
         if self.text_files is not None and not self.text_files:
             raise not_taken("text_files", "at least one path, or None")
+        if self.thresholds_for == "head" and self.form == "formula":
+            raise not_taken("form", '"table" with thresholds_for="head"')
         return self
 
     @classmethod

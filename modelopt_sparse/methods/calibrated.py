@@ -134,7 +134,7 @@ class CalibratedThreshold(BaseModel):
         Raises:
             pydantic.ValidationError: it isn't one.
         """
-        return CalibratedThreshold.model_validate({**dict(self), "target_sparsity": target})
+        return CalibratedThreshold(target_sparsity=target, formula=self.formula, table=self.table)
 
     @cached_property
     def scale_factor(self) -> float | ScaleFactors | None:

@@ -20,7 +20,7 @@ PACKAGE = ROOT.name
 ALLOWED: dict[str, set[str]] = {
     "": {
         "config", "continuous_batching", "integrations", "methods", "models", "modes", "module",
-        "presets", "report", "sparse_mode", "version",
+        "presets", "report", "sparse_mode", "thresholds", "version",
     },
     "errors": set(),
     "kernels": set(),
@@ -47,10 +47,13 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"config", "integrations", "methods", "models", "modes", "module"},
     "continuous_batching": {"integrations", "models", "modes"},
     "sparse_mode": {
-        "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
+        "calibration", "config", "convert", "integrations", "models", "modes", "module", "module_state",
+        "patterns", "sparse_parts", "thresholds",
     },
     "report": {"integrations", "modes", "module", "module_state", "stats"},
-    "calibration": {"kernels"},
+    "calibration": {"calls", "config", "kernels", "methods", "module"},
+    "sparse_parts": {"config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns"},
+    "thresholds": {"calibration", "config", "methods", "module", "patterns", "sparse_parts"},
     "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip
 # Of other packages, what each part does without.

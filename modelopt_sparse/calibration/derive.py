@@ -1,0 +1,109 @@
+"""From what was counted to thresholds: one for all modules, one for each, or one for each head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from modelopt_sparse.config.calibration import CalibrationConfig
+from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.kernels.types import Phase
+from modelopt_sparse.methods.calibrated import CalibratedThreshold, PhaseName, ScaleTable
+
+from .budget import PROBES, HeadCost, shares
+from .curve import Curve
+from .fit import TARGETS, factor, formula_of, table_of
+from .ranks import of_all_ranks, refuse_ranks
+from .recorder import Recorder, Tallies, Tally, added, by_length
+
+
+def thresholds(
+    recorders: Mapping[str, Recorder], phase: PhaseName, share: float, config: CalibrationConfig
+) -> dict[str, CalibratedThreshold]:
+    """By module, its threshold in a phase.
+
+    Raises:
+        ConfigError: there were no tokens in that phase, or they let too little be skipped.
+        UnsupportedCall: heads are calibrated apart in several processes.
+    """
+    own = Phase(phase)
+    if config.thresholds_for == "head":
+        refuse_ranks()
+        tables = _tables_by_head(recorders, own)
+        return {
+            name: CalibratedThreshold(target_sparsity=share, table=table)
+            for name, table in tables.items()
+        }
+    tallies = of_all_ranks({name: recorder.tallies for name, recorder in recorders.items()})
+    if config.thresholds_for == "layer":
+        return {name: _threshold(each, own, share, config) for name, each in tallies.items()}
+    return dict.fromkeys(tallies, _threshold(added(tallies.values()), own, share, config))
+
+
+def _threshold(
+    tallies: Tallies, phase: Phase, share: float, config: CalibrationConfig
+) -> CalibratedThreshold:
+    counted = _counted(tallies, phase)
+    curves = {length: Curve.of([tally.histogram]) for length, tally in counted.items()}
+    table = table_of(curves) if config.form == "table" else None
+    return CalibratedThreshold(target_sparsity=share, formula=formula_of(curves), table=table)
+
+
+def _counted(tallies: Tallies, phase: Phase) -> dict[int, Tally]:
+    found = by_length(tallies, phase)
+    if not found:
+        got = f"no tokens in {phase.value}"
+        remedy = "Calibrate with prompts and, for decode, let the model write after them."
+        raise ConfigError(describe("calibration", got, "some", remedy))
+    return found
+
+
+def _tables_by_head(recorders: Mapping[str, Recorder], phase: Phase) -> dict[str, ScaleTable]:
+    """By module, scale factors of each head, such that all modules together skip a share.
+
+    Raises:
+        ConfigError: there were no tokens in that phase.
+    """
+    counted = {name: _counted(own.tallies, phase) for name, own in recorders.items()}
+    lengths = sorted(set.intersection(*(set(own) for own in counted.values())))
+    rows: dict[str, list[tuple[tuple[float, ...], ...]]] = {name: [] for name in counted}
+    for length in lengths:
+        at_length = {name: own[length] for name, own in counted.items()}
+        curves = {
+            name: [Curve.of([column[:, None]]) for column in tally.histogram.T]
+            for name, tally in at_length.items()
+        }
+        costs = [cost for name, tally in at_length.items() for cost in _costs(tally, curves[name])]
+        by_target = [shares(costs, target) for target in TARGETS]
+        first = 0
+        for name, own in curves.items():
+            voters = recorders[name].heads // len(own)
+            rows[name].append(
+                tuple(
+                    tuple(
+                        factor(curve, share, length)
+                        for curve, share in zip(own, found[first:], strict=False)
+                        for _ in range(voters)
+                    )
+                    for found in by_target
+                )
+            )
+            first += len(own)
+    return {
+        name: ScaleTable(lengths=tuple(lengths), targets=TARGETS, factors=tuple(own))
+        for name, own in rows.items()
+    }
+
+
+def _costs(tally: Tally, curves: Sequence[Curve]) -> list[HeadCost]:
+    """What skipping costs each head of a module, against the output of all of them."""
+    whole = float(tally.errors[0].sum())
+    return [
+        HeadCost(
+            tiles=float(tiles),
+            skipped=tuple(curve.share(probe) * float(tiles) for probe in PROBES),
+            errors=tuple(float(error) / whole for error in errors),
+        )
+        for curve, tiles, errors in zip(
+            curves, tally.histogram.sum(0), tally.errors[1:].T, strict=True
+        )
+    ]
