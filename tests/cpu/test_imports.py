@@ -19,7 +19,7 @@ PACKAGE = ROOT.name
 # Every part may import itself, and `errors`.
 ALLOWED: dict[str, set[str]] = {
     "": {
-        "config", "continuous_batching", "integrations", "methods", "models", "modes", "module",
+        "config", "continuous_batching", "export", "integrations", "methods", "models", "modes", "module",
         "presets", "report", "sparse_mode", "version",
     },
     "errors": set(),
@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
     },
     "report": {"integrations", "modes", "module", "module_state", "stats"},
+    "export": {"methods", "models", "modes", "module", "module_state"},
     "calibration": {"kernels"},
     "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip
