@@ -28,8 +28,8 @@ def export_sparse_attention_config(model: nn.Module) -> dict[str, Any]:
     """The ``sparse_attention_config`` that TensorRT-LLM, vLLM-Omni and NVIDIA Model-Optimizer read.
 
     Engines decide on tiles of their own, at every length. So decision tiles, ``min_context``, ``backend`` and
-    a table that was measured beside the formula aren't in it: ``save_pretrained`` keeps these. Of N:M sparsity
-    only Model-Optimizer knows, and it takes no ``ignore`` there.
+    a table that was measured beside the formula aren't in it: ``save_pretrained`` keeps these. N:M sparsity
+    is known to Model-Optimizer alone, which takes no ``ignore`` there.
 
     Args:
         model: a sparse model whose thresholds were calibrated, with a formula; or one with N:M sparsity.
