@@ -13,6 +13,7 @@ from .errors import (
     UnsupportedCall,
     UnsupportedModel,
 )
+from .export import export_sparse_attention_config
 from .integrations import hf, hf_paged
 from .methods import SparseMethod, SparseMethodConfig, register_sparse_method
 from .models.attention import register_attention_class
@@ -67,6 +68,7 @@ __all__ = [
     "continuous_batching",
     "disable_sparse_attention",
     "enable_sparse_attention",
+    "export_sparse_attention_config",
     "from_pretrained",
     "get_stats",
     "is_attn_sparsified",

@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from modelopt_sparse.config import Resolved
+from modelopt_sparse.config.checkpoints import BLOCK_NAMES
 from modelopt_sparse.errors import UnsupportedModel, describe
 from modelopt_sparse.integrations.hf import ATTENTION_NAME
-from modelopt_sparse.integrations.hf_checkpoint import BLOCK_NAMES, is_ours
+from modelopt_sparse.integrations.hf_checkpoint import is_ours
 from modelopt_sparse.integrations.hf_paged import ENTRY, PAGED_NAME, refuse_continuous_batching
 from modelopt_sparse.methods.registry import sparse_method
 from modelopt_sparse.module import SparseAttentionModule

@@ -17,21 +17,21 @@ MAX_BYTES = 2**20
 _TAKES = "a file that ends in .json, .yaml or .yml"
 
 
-def read_mapping(path: Path) -> dict[Any, Any]:
+def read_mapping(path: Path, max_bytes: int = MAX_BYTES) -> dict[Any, Any]:
     """The mapping that a file holds.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: another suffix, more than `MAX_BYTES`, malformed, a key twice, or not a
+        ConfigError: another suffix, more than `max_bytes`, malformed, a key twice, or not a
             mapping.
     """
     kind = _kind(path)
     if path.is_dir():
         raise ConfigError(describe("path", f"the folder {str(path)!r}", "a file"))
     with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ConfigError(describe(str(path), "a larger file", f"at most {MAX_BYTES} bytes"))
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ConfigError(describe(str(path), "a larger file", f"at most {max_bytes} bytes"))
     try:
         text = content.decode("utf-8-sig")
         data = _read_json(text) if kind == "JSON" else yaml.load(text, Loader=_OnceLoader)

@@ -21,6 +21,7 @@ from modelopt_sparse.methods.base import nearest
 from modelopt_sparse.patterns import Pattern, Target, matches, names_exactly, pattern_name
 
 from .calibration import CalibrationConfig
+from .checkpoints import checkpoint_rules
 from .explain import explained, shown
 from .files import read_mapping, write_mapping
 from .parsing import own_names, parse_rules
@@ -110,6 +111,36 @@ class SparseAttentionConfig(BaseModel):
         for key in source:
             _check_key(key)
         return cls(**source)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        directory: str | PathLike[str],
+        *,
+        target_sparsity: float | Mapping[str, float] | None = None,
+    ) -> SparseAttentionConfig:
+        """What the config.json of a checkpoint tells serving engines: as NVIDIA Model-Optimizer writes it,
+        in any of its forms, or `modelopt_sparse.export_sparse_attention_config`.
+
+        Skip-softmax, if its formula is ``a * exp(b * target_sparsity)``, becomes ``triton_skip_softmax``, and
+        N:M sparsity ``triton_sparse_softmax``. Nothing in the file is evaluated.
+
+        Args:
+            directory: a local folder with a config.json.
+            target_sparsity: the share of tiles to skip, above 0 and below 1, for both phases or by phase, in
+                place of the checkpoint's. Wherever it stands, a phase that it leaves out is dense.
+        Raises:
+            FileNotFoundError: no config.json there.
+            ArgumentTypeError: `directory` is no path.
+            ConfigError: the file isn't JSON or too big, or anything in its ``sparse_attention_config`` isn't
+                taken: another formula or algorithm, a coefficient that is missing, a key that is unknown,
+                several groups, no share to skip.
+        """
+        rules = checkpoint_rules(directory, target_sparsity)
+        try:
+            return cls(sparse_cfg=rules)
+        except ConfigError as error:
+            raise ConfigError(f"{Path(directory) / 'config.json'}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and YAML; `load` makes an equal configuration of it.

@@ -12,12 +12,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from modelopt_sparse.config import SparseAttentionConfig
+from modelopt_sparse.config.checkpoints import BLOCK_NAMES
 from modelopt_sparse.errors import StateError, describe
 from modelopt_sparse.modes.state import check_version, producer
 
 BLOCK_VERSION = 1
-# The second name is used where a model family has a block of the first name with a meaning of its own.
-BLOCK_NAMES = ("sparse_attention_config", "modelopt_sparse_attention_config")
 
 
 def write_block(

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import (
@@ -25,6 +25,9 @@ from .base import SparseMethodConfig
 from .fields import MinContext, fraction, fraction_or_none, not_taken
 
 PhaseName = Literal["prefill", "decode"]
+
+PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
+"""Their names."""
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=False)]
 """A share of tiles: 0 <= value < 1."""

@@ -19,7 +19,7 @@ PACKAGE = ROOT.name
 # Every part may import itself, and `errors`.
 ALLOWED: dict[str, set[str]] = {
     "": {
-        "config", "continuous_batching", "integrations", "methods", "models", "modes", "module",
+        "config", "continuous_batching", "export", "integrations", "methods", "models", "modes", "module",
         "presets", "report", "sparse_mode", "thresholds", "version",
     },
     "errors": set(),
@@ -51,8 +51,11 @@ ALLOWED: dict[str, set[str]] = {
         "patterns", "sparse_parts", "thresholds",
     },
     "report": {"integrations", "modes", "module", "module_state", "stats"},
+    "export": {"methods", "models", "modes", "module", "module_state"},
     "calibration": {"calls", "config", "kernels", "methods", "module"},
-    "sparse_parts": {"config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns"},
+    "sparse_parts": {
+        "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
+    },
     "thresholds": {"calibration", "config", "methods", "module", "patterns", "sparse_parts"},
     "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip

@@ -88,6 +88,7 @@ OF_A_MODEL = {
     "get_stats": mtsa.get_stats,
     "reset_stats": mtsa.reset_stats,
     "summary": mtsa.print_sparse_attention_summary,
+    "export": mtsa.export_sparse_attention_config,
     "modelopt_state": mtsa.modelopt_state,
     "restore_from_modelopt_state": lambda model: mtsa.restore_from_modelopt_state(
         model, {"state_version": 1, "modes": []}
