@@ -12,6 +12,8 @@ from .errors import (
     UnsupportedCall,
     UnsupportedModel,
 )
+from .faithfulness.compare import compare
+from .faithfulness.results import Comparison
 from .integrations import hf, hf_paged
 from .methods import SparseMethod, SparseMethodConfig, register_sparse_method
 from .models.attention import register_attention_class
@@ -45,6 +47,7 @@ __all__ = [
     "SPARSE_SOFTMAX_DEFAULT",
     "ArgumentError",
     "ArgumentTypeError",
+    "Comparison",
     "ConfigError",
     "SparseAttentionConfig",
     "SparseAttentionError",
@@ -55,6 +58,7 @@ __all__ = [
     "UnsupportedCall",
     "UnsupportedModel",
     "__version__",
+    "compare",
     "continuous_batching",
     "disable_sparse_attention",
     "enable_sparse_attention",
