@@ -19,8 +19,8 @@ PACKAGE = ROOT.name
 # Every part may import itself, and `errors`.
 ALLOWED: dict[str, set[str]] = {
     "": {
-        "config", "continuous_batching", "integrations", "methods", "models", "modes", "module",
-        "presets", "report", "sparse_mode", "version",
+        "config", "continuous_batching", "faithfulness", "integrations", "methods", "models", "modes",
+        "module", "presets", "report", "sparse_mode", "version",
     },
     "errors": set(),
     "kernels": set(),
@@ -51,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"integrations", "modes", "module", "module_state", "stats"},
     "calibration": {"kernels"},
+    "faithfulness": {"calls", "kernels.types", "modes", "module", "module_state", "stats"},
     "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip
 # Of other packages, what each part does without.
@@ -62,6 +63,7 @@ WITHOUT: dict[str, set[str]] = {
     "patterns": {"torch", "triton", "transformers", "pydantic"},
     "modes": {"triton", "transformers"},
     "module": {"triton", "transformers"},
+    "faithfulness": {"triton", "transformers"},
     "integrations": {"triton", "pydantic"},
 }
 # Documented in the function: a convenience for callers who look for it there.

@@ -89,6 +89,7 @@ OF_A_MODEL = {
     "reset_stats": mtsa.reset_stats,
     "summary": mtsa.print_sparse_attention_summary,
     "modelopt_state": mtsa.modelopt_state,
+    "compare": lambda model: mtsa.compare(model, []),
     "restore_from_modelopt_state": lambda model: mtsa.restore_from_modelopt_state(
         model, {"state_version": 1, "modes": []}
     ),
