@@ -51,7 +51,7 @@ def compare(
         ArgumentError, ArgumentTypeError: not a model, no module of it is sparse and enabled, or none was
             called; it trains; a batch isn't what is taken, has a sequence of less than two tokens, or there
             are none.
-        UnsupportedModel: its output has no logits of each token.
+        UnsupportedModel: its output has no logits of each token, or it has an encoder and a decoder.
         UnsupportedCall: a batch brings a cache; or whatever the attention refuses.
     """
     modules = _enabled_modules(model)
@@ -69,11 +69,8 @@ def compare(
         if not sequences:
             raise ArgumentError(describe("inputs", "no batches", "at least one"))
         if not any(probe.was_called for probe in probes.values()):
-            got, takes = (
-                "one that called no sparse module",
-                "one whose attention is modelopt_triton",
-            )
-            raise ArgumentError(describe("model", got, takes))
+            takes = "one whose attention is modelopt_triton"
+            raise ArgumentError(describe("model", "one that called no sparse module", takes))
         return Comparison(
             **token_results(sequences, confidence),
             sparsity=sparsity(module.stats for module in modules.values()),

@@ -390,6 +390,10 @@ def test_models_that_can_not_be_compared_are_refused():
     model.eval().set_attn_implementation("sdpa")
     with pytest.raises(mtsa.ArgumentError, match="called no sparse module"):
         mtsa.compare(model, [prompt(50)])
+    other = sparse_llama()
+    other.config.is_encoder_decoder = True
+    with pytest.raises(mtsa.UnsupportedModel, match="an encoder and a decoder"):
+        mtsa.compare(other, [prompt(50)])
     headless = mtsa.sparsify(LlamaModel(tiny.tiny_config()).eval(), SKIP)
     with pytest.raises(mtsa.UnsupportedModel, match="logits are none"):
         mtsa.compare(headless, [prompt(50)])
