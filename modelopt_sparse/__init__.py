@@ -14,6 +14,8 @@ from .errors import (
     UnsupportedModel,
 )
 from .export import export_sparse_attention_config
+from .faithfulness.compare import compare
+from .faithfulness.results import Comparison
 from .integrations import hf, hf_paged
 from .methods import SparseMethod, SparseMethodConfig, register_sparse_method
 from .models.attention import register_attention_class
@@ -54,6 +56,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "CalibrationConfig",
+    "Comparison",
     "ConfigError",
     "SparseAttentionConfig",
     "SparseAttentionError",
@@ -65,6 +68,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "calibrate",
+    "compare",
     "continuous_batching",
     "disable_sparse_attention",
     "enable_sparse_attention",

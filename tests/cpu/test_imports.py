@@ -19,8 +19,8 @@ PACKAGE = ROOT.name
 # Every part may import itself, and `errors`.
 ALLOWED: dict[str, set[str]] = {
     "": {
-        "config", "continuous_batching", "export", "integrations", "methods", "models", "modes", "module",
-        "presets", "report", "sparse_mode", "thresholds", "version",
+        "config", "continuous_batching", "export", "faithfulness", "integrations", "methods", "models",
+        "modes", "module", "presets", "report", "sparse_mode", "thresholds", "version",
     },
     "errors": set(),
     "kernels": set(),
@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
     },
     "thresholds": {"calibration", "config", "methods", "module", "patterns", "sparse_parts"},
+    "faithfulness": {"calls", "kernels.types", "modes", "module", "module_state", "stats"},
     "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip
 # Of other packages, what each part does without.
@@ -68,6 +69,7 @@ WITHOUT: dict[str, set[str]] = {
     "patterns": {"torch", "triton", "transformers", "pydantic"},
     "modes": {"triton", "transformers"},
     "module": {"triton", "transformers"},
+    "faithfulness": {"triton", "transformers"},
     "integrations": {"triton", "pydantic"},
 }
 # Documented in the function: a convenience for callers who look for it there.

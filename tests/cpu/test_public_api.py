@@ -90,6 +90,7 @@ OF_A_MODEL = {
     "summary": mtsa.print_sparse_attention_summary,
     "export": mtsa.export_sparse_attention_config,
     "modelopt_state": mtsa.modelopt_state,
+    "compare": lambda model: mtsa.compare(model, []),
     "restore_from_modelopt_state": lambda model: mtsa.restore_from_modelopt_state(
         model, {"state_version": 1, "modes": []}
     ),

@@ -1,0 +1,1 @@
+"""What skipping costs: a model's dense outputs against its sparse ones."""

@@ -1,0 +1,79 @@
+"""The batches that a user hands over, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, UnsupportedCall, describe
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences that run together.
+
+    Args:
+        ids: int [B, T], token ids.
+        scored: bool [B, T - 1]: token t is one of the text, and so is the one after it, which t predicts.
+        arguments: those of the model's forward.
+    """
+
+    ids: Tensor
+    scored: Tensor
+    arguments: dict[str, Any]
+
+    @classmethod
+    def of(cls, name: str, batch: object) -> Batch:
+        """A tensor of ids or a mapping of forward arguments, as a batch.
+
+        Args:
+            name: what messages call it.
+        Raises:
+            ArgumentTypeError, ArgumentError: it is no such thing, or a sequence has less than two tokens.
+            UnsupportedCall: it brings a cache, which the first of two passes would change for the second.
+        """
+        if isinstance(batch, Tensor):
+            batch = {"input_ids": batch}
+        if not isinstance(batch, Mapping):
+            takes = "token ids [B, T], or a mapping of forward arguments with input_ids"
+            raise ArgumentTypeError(describe(name, f"a {type(batch).__name__}", takes))
+        arguments = dict(batch)
+        if arguments.get("past_key_values") is not None:
+            takes = "None: whole sequences are compared"
+            raise UnsupportedCall(describe(f"{name}.past_key_values", "a cache", takes))
+        ids = _ids(f"{name}.input_ids", arguments.get("input_ids"))
+        text = _text(f"{name}.attention_mask", arguments.get("attention_mask"), ids)
+        scored = text[:, :-1] & text[:, 1:]
+        if not scored.any(1).all():
+            takes = "at least two tokens in a row in each sequence: one predicts the next"
+            raise ArgumentError(describe(name, "a sequence of less than two tokens", takes))
+        return cls(ids, scored, arguments)
+
+
+def _ids(name: str, ids: object) -> Tensor:
+    takes = "an int64 or int32 tensor [B, T]"
+    if not isinstance(ids, Tensor):
+        got = "None" if ids is None else f"a {type(ids).__name__}"
+        remedy = 'Tokenizers return it with return_tensors="pt".'
+        raise ArgumentTypeError(describe(name, got, takes, remedy))
+    if ids.dim() != 2 or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
+        got = f"{ids.dtype} {list(ids.shape)}"
+        raise ArgumentError(describe(name, got, f"{takes}, not empty"))
+    return ids
+
+
+def _text(name: str, mask: object, ids: Tensor) -> Tensor:
+    """Bool [B, T], False where there is padding."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        takes = "a tensor or None"
+        raise ArgumentTypeError(describe(name, f"a {type(mask).__name__}", takes))
+    if mask.shape != ids.shape:
+        takes = f"{list(ids.shape)}, 0 where there is padding"
+        raise ArgumentError(describe(name, f"shape {list(mask.shape)}", takes))
+    return mask != 0
