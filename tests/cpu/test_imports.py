@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "continuous_batching", "integrations", "methods", "models", "modes", "module",
         "presets", "report", "sparse_mode", "version",
     },
+    "__main__": set(),
     "errors": set(),
     "kernels": set(),
     "kernels.device": set(),
