@@ -58,8 +58,12 @@ def command(
     name = str(BUNDLED) if model is None else model
     with reporting(as_json) as report:
         import_libraries()
+        import torch
+
         chosen = chosen_config(preset, config)
         loaded = load_model(name)
+        if torch.cuda.is_available():
+            loaded.cuda()
         rows = text_windows(name, loaded, text, length, windows)
         pieces = [partial(bits_per_token, loaded, row) for row in rows]
         measure = {"bits per token": Measure(pieces)}
@@ -87,8 +91,6 @@ def text_windows(
     Raises:
         ArgumentError: the model takes fewer tokens, has no tokenizer, or the text is too short.
     """
-    import torch
-
     from modelopt_sparse.errors import ArgumentError, describe
 
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -105,9 +107,7 @@ def text_windows(
         got, takes = f"a text of {tokens.shape[1]} tokens", f"at least {length + 1}"
         raise ArgumentError(describe("--text", got, takes, remedy))
     starts = [spare * index // max(count - 1, 1) for index in range(count)]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)  # type: ignore[arg-type]
-    return [tokens[:, start : start + length + 1].to(device) for start in starts]
+    return [tokens[:, start : start + length + 1].to(model.device) for start in starts]
 
 
 def bits_per_token(model: PreTrainedModel, row: Tensor) -> float:

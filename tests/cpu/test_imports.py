@@ -243,3 +243,9 @@ for old, c, ours in zip(before, (AttentionInterface, AttentionMaskInterface), na
 assert functions == (torch.nn.functional.softmax, torch.nn.functional.scaled_dot_product_attention)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=180, cwd=ROOT.parent)
+
+
+def test_the_command_is_imported_by_its_entry_alone():
+    command = f"{PACKAGE}_cli"
+    users = {name for name in FILES if any(_inside(i, command) for _, i, _ in _imports(name))}
+    assert users == {"__main__"}
