@@ -63,7 +63,7 @@ def command(
         chosen = chosen_config(preset, config)
         loaded = load_model(name)
         if torch.cuda.is_available():
-            loaded.cuda()
+            loaded.cuda()  # type: ignore[call-arg]  # transformers wraps it, and loses self
         rows = text_windows(name, loaded, text, length, windows)
         pieces = [partial(bits_per_token, loaded, row) for row in rows]
         measure = {"bits per token": Measure(pieces)}
