@@ -27,8 +27,9 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modelopt_sparse as mtsa
-from examples.skip_map import save_picture, skipped_by_head, table_of
+from examples.skip_map import save_picture
 from examples.tiny_lm.text import held_out_text
+from modelopt_sparse_cli.heads import skipped_by_head, table_of
 
 SparseAttention = StrEnum("SparseAttention", list(mtsa.PRESETS))
 """What can be asked for: a preset."""

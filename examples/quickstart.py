@@ -7,29 +7,25 @@ python examples/quickstart.py --preset sparse_softmax --length 2048
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress, TaskID
-from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 # The file runs from any folder: its neighbours are found from the repository's root.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import modelopt_sparse as mtsa  # noqa: E402 (as users write it)
-from examples.skip_map import save_picture, skipped_by_head, table_of  # noqa: E402 (after the path)
+from examples.skip_map import save_picture  # noqa: E402 (after the path)
 from examples.tiny_lm.evaluate import bits_per_byte, task_accuracy, text_windows  # noqa: E402
 from examples.tiny_lm.text import held_out_text  # noqa: E402
 from modelopt_sparse import PRESETS  # noqa: E402
-
-T = TypeVar("T")
+from modelopt_sparse_cli.comparison import Measure, compare  # noqa: E402
+from modelopt_sparse_cli.heads import skipped_by_head  # noqa: E402
 
 
 def main(
@@ -52,63 +48,25 @@ def main(
     text = held_out_text()
     rows = text_windows(text, windows, length + 1)
 
-    with Progress(console=console) as progress:
-        task = progress.add_task("dense", total=2 * (windows + needles) + 2)
+    def needles_of(seed: int) -> float:
+        return task_accuracy(model, "needles_8", length, 1, seed=seed, text=text)
 
-        def measure(label: str) -> tuple[float, float, torch.Tensor]:
-            progress.update(task, description=label)
-            bits = [
-                _advance(progress, task, lambda w=w: bits_per_byte(model, w[None])) for w in rows
-            ]
-            found = [
-                _advance(
-                    progress,
-                    task,
-                    lambda s=seed: task_accuracy(model, "needles_8", length, 1, seed=s, text=text),
-                )
-                for seed in range(needles)
-            ]
-            logits = _advance(progress, task, lambda: _logits(model, rows))
-            return sum(bits) / len(bits), sum(found) / len(found), logits
-
-        dense_bits, dense_found, dense_logits = measure("dense ")
-        mtsa.sparsify(model, PRESETS[preset])
-        sparse_bits, sparse_found, _ = measure("sparse")
-
-    mtsa.print_sparse_attention_summary(model, console)
-    shares = skipped_by_head(mtsa.get_stats(model))
+    measures = {
+        "bits per byte": Measure([lambda row=row: bits_per_byte(model, row[None]) for row in rows]),
+        "needles found": Measure(
+            [lambda seed=seed: needles_of(seed) for seed in range(needles)], ".0%"
+        ),
+    }
+    found = compare(model, PRESETS[preset], measures, rows[:1, :256])
+    title = (
+        f"{windows} windows of held-out source, {needles} prompts with 8 needles, {length} tokens"
+    )
+    found.show(console, measures, title)
+    shares = skipped_by_head(found.stats)
     if shares is not None:
-        console.print(table_of(shares))
         save_picture(shares, f"{preset}, {length} tokens: tiles skipped", picture)
-
-    table = Table(
-        title=f"{windows} windows of held-out source, {needles} prompts with 8 needles, {length} tokens"
-    )
-    for header in ("", "dense", "sparse"):
-        table.add_column(header, justify="left" if not header else "right")
-    table.add_row("bits per byte", f"{dense_bits:.4f}", f"{sparse_bits:.4f}")
-    table.add_row("needles found", f"{dense_found:.0%}", f"{sparse_found:.0%}")
-    console.print(table)
-    if shares is not None:
         console.print(f"Heat map of skipped tiles: {picture}")
-
-    mtsa.unsparsify(model)
-    same = torch.equal(_logits(model, rows), dense_logits)
-    console.print(
-        f"unsparsify: the dense model is back, logits {'equal to the bit' if same else 'DIFFER'}"
-    )
-    raise typer.Exit(code=0 if same else 1)
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
-    return model(rows[:1, :256]).logits
-
-
-def _advance(progress: Progress, task: TaskID, work: Callable[[], T]) -> T:
-    result = work()
-    progress.advance(task)
-    return result
+    raise typer.Exit(code=0 if found.is_restored else 1)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,14 @@
-"""Tiles skipped per layer and head, as a table and as a picture."""
+"""Tiles skipped per layer and head, as a picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from rich.table import Table
-
-
-def skipped_by_head(stats: dict[str, dict[str, Any]], phase: str = "prefill") -> np.ndarray | None:
-    """Share of visible tiles that was skipped: [layers, heads], from `mtsa.get_stats`.
-
-    None where nothing was counted: the method does not skip tiles in that phase.
-    """
-    rows = [
-        np.divide(entry[phase]["skipped"], entry[phase]["visible"])
-        for entry in stats.values()
-        if entry[phase] is not None
-    ]
-    return np.array(rows) if rows else None
-
-
-def table_of(shares: np.ndarray) -> Table:
-    """One row a layer, one column a head, in percent."""
-    table = Table(title="Tiles skipped, % (layers down, heads across)")
-    table.add_column("layer", justify="right")
-    for head in range(shares.shape[1]):
-        table.add_column(f"{head}", justify="right")
-    for layer, row in enumerate(shares):
-        table.add_row(f"{layer}", *(f"{100 * share:.0f}" for share in row))
-    return table
 
 
 def save_picture(shares: np.ndarray, title: str, path: Path) -> None:

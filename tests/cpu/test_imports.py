@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "continuous_batching", "export", "faithfulness", "integrations", "methods", "models",
         "modes", "module", "presets", "report", "sparse_mode", "thresholds", "version",
     },
+    "__main__": set(),
     "errors": set(),
     "kernels": set(),
     "kernels.device": set(),
@@ -250,3 +251,9 @@ for old, c, ours in zip(before, (AttentionInterface, AttentionMaskInterface), na
 assert functions == (torch.nn.functional.softmax, torch.nn.functional.scaled_dot_product_attention)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=180, cwd=ROOT.parent)
+
+
+def test_the_command_is_imported_by_its_entry_alone():
+    command = f"{PACKAGE}_cli"
+    users = {name for name in FILES if any(_inside(i, command) for _, i, _ in _imports(name))}
+    assert users == {"__main__"}

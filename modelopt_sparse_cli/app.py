@@ -1,0 +1,61 @@
+"""The commands, and what exit codes mean. A command is a file with a function, and its line here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import bench, doctor, explain, quickstart, sparsify
+
+FAILED, INTERRUPTED = 2, 130
+
+
+class Commands(TyperGroup):
+    """Runs a command; what stops it becomes a line on standard error and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As click does, without tracebacks for what a user can do something about."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # click ends quietly where the reader of a pipe has gone
+        except Exception as error:
+            if not _is_for_users(error):
+                raise
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(FAILED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="modelopt-sparse",
+    help="Sparse attention for Hugging Face models.",
+    epilog="Exit codes: 0 done; 1 the check found a problem; 2 wrong usage, or an error, which is printed; "
+    "130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("quickstart")(quickstart.command)
+app.command("sparsify")(sparsify.command)
+app.command("explain")(explain.command)
+app.command("doctor")(doctor.command)
+app.command("bench", **bench.SETTINGS)(bench.command)
+
+
+def main() -> None:
+    """The command line's entry."""
+    app(prog_name="modelopt-sparse")
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Whether the message is all that a user needs: an error of ours, or of a file."""
+    ours = sys.modules.get("modelopt_sparse.errors")  # without it, it can't be one of them
+    return isinstance(error, OSError) or (
+        ours is not None and isinstance(error, ours.SparseAttentionError)
+    )

@@ -1,0 +1,52 @@
+"""Folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import typer
+
+# What makes a folder a checkpoint: another one isn't replaced, whatever is in it.
+MARK = "config.json"
+
+
+def check_output(folder: Path, force: bool) -> None:
+    """Raises typer.BadParameter where `folder` holds something that shall not be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"--output: got the file {str(folder)!r}; takes a folder.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / MARK).is_file():
+        got = f"{str(folder)!r}, which holds other things than a checkpoint"
+        raise typer.BadParameter(f"--output: got {got}; takes a new or empty folder.")
+    if not force:
+        got = f"{str(folder)!r}, which holds a checkpoint"
+        raise typer.BadParameter(
+            f"--output: got {got}; takes a new or empty folder. Replace it with --force."
+        )
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into; it becomes `folder` at the end of the block, and is gone if that fails.
+
+    What `folder` held is replaced. A process that is killed leaves a hidden folder beside it at most.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except BaseException:
+            if old.exists():
+                os.replace(old, folder)
+            raise

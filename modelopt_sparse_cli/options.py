@@ -1,0 +1,62 @@
+"""Arguments that several commands take, and what they stand for."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from modelopt_sparse import SparseAttentionConfig
+
+
+class Preset(StrEnum):
+    """The names in `modelopt_sparse.PRESETS`, which can't be asked for without importing torch."""
+
+    skip_softmax = "skip_softmax"
+    sparse_softmax = "sparse_softmax"
+    flash_skip_softmax = "flash_skip_softmax"
+
+
+MODEL_HELP = "Folder of a checkpoint, or its name on the Hugging Face hub."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+PresetOption = Annotated[
+    Preset | None, typer.Option("--preset", help="A ready-made configuration.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A configuration of your own, as JSON or YAML, in place of a preset.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="One JSON document on standard output; all else goes to standard error."
+    ),
+]
+
+
+def check_choice(preset: Preset | None, config: Path | None) -> None:
+    """Raises typer.BadParameter unless one of the two is given."""
+    if (preset is None) == (config is None):
+        got = "neither" if preset is None else "both"
+        raise typer.BadParameter(f"got {got}; takes one of --preset and --config.")
+
+
+def chosen_config(preset: Preset | None, config: Path | None) -> SparseAttentionConfig:
+    """The configuration that `--preset` or `--config` stands for.
+
+    Raises:
+        ConfigError: what the file holds isn't one.
+    """
+    from modelopt_sparse import PRESETS, SparseAttentionConfig
+
+    check_choice(preset, config)
+    return PRESETS[preset] if preset is not None else SparseAttentionConfig.load(config)  # type: ignore[arg-type]
