@@ -27,6 +27,7 @@ from .presets import (
     SKIP_SOFTMAX_DEFAULT,
     SKIP_SOFTMAX_TRITON_CALIB,
     SKIP_SOFTMAX_TRITON_DEFAULT,
+    SKIP_SPARSE_SOFTMAX_DEFAULT,
     SPARSE_SOFTMAX_DEFAULT,
 )
 from .report import get_stats, print_sparse_attention_summary, reset_stats
@@ -52,6 +53,7 @@ __all__ = [
     "SKIP_SOFTMAX_DEFAULT",
     "SKIP_SOFTMAX_TRITON_CALIB",
     "SKIP_SOFTMAX_TRITON_DEFAULT",
+    "SKIP_SPARSE_SOFTMAX_DEFAULT",
     "SPARSE_SOFTMAX_DEFAULT",
     "ArgumentError",
     "ArgumentTypeError",

@@ -16,7 +16,7 @@ from modelopt_sparse.methods.calibrated import (
     ScaleFormula,
     SkipSoftmaxConfig,
 )
-from modelopt_sparse.methods.sparse_softmax import TritonSparseSoftmaxConfig
+from modelopt_sparse.methods.sparse_softmax import NMFields, nm_part
 from modelopt_sparse.models.attention import attention_targets
 from modelopt_sparse.modes.apply import check_model
 from modelopt_sparse.modes.state import producer
@@ -80,20 +80,28 @@ def export_sparse_attention_config(model: nn.Module) -> dict[str, Any]:
 def _group(name: str, module: SparseAttentionModule) -> dict[str, Any]:
     """The algorithm of an enabled module and its numbers; empty where it is dense."""
     config = module.method.config
-    if isinstance(config, SkipSoftmaxConfig):
-        return _skip_softmax(name, config)
-    if not isinstance(config, TritonSparseSoftmaxConfig):
+    if not isinstance(config, SkipSoftmaxConfig | NMFields):
         takes = "skip-softmax with calibrated thresholds, or N:M sparsity"
-        remedy = "Disable the module, or give it one of these methods."
+        remedy = "Disable the module, or give it a method that does one of these."
         raise ConfigError(describe(name, f"method {config.method!r}", takes, remedy))
-    if config.sparsity_n == config.sparsity_m:
+    skip = _skip_softmax(name, config) if isinstance(config, SkipSoftmaxConfig) else {}
+    nm = _sparse_softmax(config) if isinstance(config, NMFields) else {}
+    if skip and nm:
+        takes = "one of them, for engines take one group"
+        raise ConfigError(describe(name, "skip-softmax and N:M sparsity", takes))
+    return skip or nm
+
+
+def _sparse_softmax(config: NMFields) -> dict[str, Any]:
+    nm = nm_part(config)
+    if nm is None:
         return {}
     return {
         "algorithm": "sparse_softmax",
-        "sparsity_n": config.sparsity_n,
-        "sparsity_m": config.sparsity_m,
-        "dense_sink_tokens": config.num_sink_tokens,
-        "dense_recent_tokens": config.dense_window_size,
+        "sparsity_n": nm.n,
+        "sparsity_m": nm.m,
+        "dense_sink_tokens": nm.num_sink_tokens,
+        "dense_recent_tokens": nm.dense_window_size,
     }
 
 

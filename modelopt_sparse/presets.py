@@ -40,6 +40,22 @@ SKIP_SOFTMAX_TRITON_CALIB = SparseAttentionConfig(
 )
 """Skip-softmax calibrated to leave out half of the tiles, in prefill and in decode."""
 
+SKIP_SPARSE_SOFTMAX_DEFAULT = SparseAttentionConfig(
+    sparse_cfg={
+        "default": {"enable": False},
+        "*": {
+            "method": "triton_skip_sparse_softmax",
+            "backend": "triton",
+            "skip_softmax_threshold": 0.1,
+            "sparsity_n": 2,
+            "sparsity_m": 4,
+            "num_sink_tokens": 0,
+            "dense_window_size": 64,
+        },
+    }
+)
+"""2:4 sparse softmax and then skip-softmax at lambda 0.1 in prefill, in every causal self-attention."""
+
 SKIP_SOFTMAX_DEFAULT = SparseAttentionConfig(
     sparse_cfg={
         "default": {"enable": False},
@@ -64,6 +80,7 @@ PRESETS: Mapping[str, SparseAttentionConfig] = MappingProxyType(
     {
         "skip_softmax": SKIP_SOFTMAX_TRITON_DEFAULT,
         "sparse_softmax": SPARSE_SOFTMAX_DEFAULT,
+        "skip_sparse_softmax": SKIP_SPARSE_SOFTMAX_DEFAULT,
         "flash_skip_softmax": SKIP_SOFTMAX_DEFAULT,
         "skip_softmax_calib": SKIP_SOFTMAX_TRITON_CALIB,
         "flash_skip_softmax_calib": SKIP_SOFTMAX_CALIB,

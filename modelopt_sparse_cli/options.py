@@ -17,7 +17,10 @@ class Preset(StrEnum):
 
     skip_softmax = "skip_softmax"
     sparse_softmax = "sparse_softmax"
+    skip_sparse_softmax = "skip_sparse_softmax"
     flash_skip_softmax = "flash_skip_softmax"
+    skip_softmax_calib = "skip_softmax_calib"
+    flash_skip_softmax_calib = "flash_skip_softmax_calib"
 
 
 MODEL_HELP = "Folder of a checkpoint, or its name on the Hugging Face hub."

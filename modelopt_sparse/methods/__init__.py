@@ -4,6 +4,7 @@ from .base import SparseMethod, SparseMethodConfig
 from .flash_skip_softmax import FlashSkipSoftmax, FlashSkipSoftmaxConfig, PhaseThresholds
 from .registry import register_sparse_method, sparse_method, sparse_methods
 from .skip_softmax import TritonSkipSoftmax, TritonSkipSoftmaxConfig
+from .skip_sparse_softmax import TritonSkipSparseSoftmax, TritonSkipSparseSoftmaxConfig
 from .sparse_softmax import TritonSparseSoftmax, TritonSparseSoftmaxConfig
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "SparseMethodConfig",
     "TritonSkipSoftmax",
     "TritonSkipSoftmaxConfig",
+    "TritonSkipSparseSoftmax",
+    "TritonSkipSparseSoftmaxConfig",
     "TritonSparseSoftmax",
     "TritonSparseSoftmaxConfig",
     "register_sparse_method",

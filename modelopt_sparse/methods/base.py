@@ -88,7 +88,7 @@ class SparseMethodConfig(BaseModel):
             f"{str(key)[:100]}: not a field of {cls.__name__}; takes {', '.join(cls.model_fields)}."
         )
         if key == "calibration":
-            return f"{message} Calibration is not offered yet; set thresholds."
+            return f"{message} Put it beside sparse_cfg, for it is about all rules."
         near = nearest(key, [*cls.abandoned, *cls.model_fields, *cls.aliases])
         near = cls.abandoned.get(str(near), near)
         return message + (f" Did you mean {near}?" if near else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from modelopt_sparse.kernels.types import Plan, SkipSoftmax, SkipSoftmaxDecode
 
@@ -19,8 +19,8 @@ from .fields import MinContext, OptionalHeads, TileSize, least_context
 from .registry import register_sparse_method
 
 
-class TritonSkipSoftmaxConfig(SkipSoftmaxConfig):
-    """Configuration of `TritonSkipSoftmax`.
+class TritonSkipFields(SkipSoftmaxConfig):
+    """What to skip, by phase.
 
     Args:
         skip_softmax_threshold: lambda of the prefill phase: a fraction from 0 to 1, or what
@@ -37,7 +37,6 @@ class TritonSkipSoftmaxConfig(SkipSoftmaxConfig):
         "decode_threshold": "skip_softmax_decode_threshold",
     }
 
-    method: Literal["triton_skip_softmax"] = "triton_skip_softmax"
     skip_softmax_threshold: OptionalThreshold = 0.1
     skip_softmax_decode_threshold: OptionalThreshold = None
     decode_block_keys: TileSize = 64
@@ -50,11 +49,17 @@ class TritonSkipSoftmaxConfig(SkipSoftmaxConfig):
 
     def with_thresholds(
         self, thresholds: Mapping[PhaseName, float | CalibratedThreshold], min_context: MinContext
-    ) -> TritonSkipSoftmaxConfig:
+    ) -> Self:
         """The same, with these thresholds in place of those of their phases."""
         fields = {"prefill": "skip_softmax_threshold", "decode": "skip_softmax_decode_threshold"}
         changed = {fields[phase]: threshold for phase, threshold in thresholds.items()}
         return self.model_validate({**dict(self), **changed, "min_context": min_context})
+
+
+class TritonSkipSoftmaxConfig(TritonSkipFields):
+    """Configuration of `TritonSkipSoftmax`: `TritonSkipFields`."""
+
+    method: Literal["triton_skip_softmax"] = "triton_skip_softmax"
 
 
 @register_sparse_method
@@ -70,19 +75,23 @@ class TritonSkipSoftmax(SparseMethod[TritonSkipSoftmaxConfig]):
 
     def plan(self) -> Plan:
         """Skipping in the phases that have a threshold above 0."""
-        config = self.config
-        prefill, decode = map(
-            in_plan, (config.skip_softmax_threshold, config.skip_softmax_decode_threshold)
+        return skip_plan(self.config)
+
+
+def skip_plan(config: TritonSkipFields) -> Plan:
+    """What these fields say, as a plan."""
+    prefill, decode = map(
+        in_plan, (config.skip_softmax_threshold, config.skip_softmax_decode_threshold)
+    )
+    least = least_context(config.min_context)
+    skip = in_decode = None
+    if any(prefill.values()):
+        skip = SkipSoftmax(**prefill, block_rows=64, block_keys=128, min_context=least)
+    if any(decode.values()):
+        in_decode = SkipSoftmaxDecode(
+            **decode,
+            block_keys=config.decode_block_keys,
+            vote_heads=config.decode_vote_heads,
+            min_context=least,
         )
-        least = least_context(config.min_context)
-        skip = in_decode = None
-        if any(prefill.values()):
-            skip = SkipSoftmax(**prefill, block_rows=64, block_keys=128, min_context=least)
-        if any(decode.values()):
-            in_decode = SkipSoftmaxDecode(
-                **decode,
-                block_keys=config.decode_block_keys,
-                vote_heads=config.decode_vote_heads,
-                min_context=least,
-            )
-        return Plan(skip=skip, skip_decode=in_decode)
+    return Plan(skip=skip, skip_decode=in_decode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -15,8 +15,8 @@ from .fields import Tokens, one_of, whole_number
 from .registry import register_sparse_method
 
 
-class TritonSparseSoftmaxConfig(SparseMethodConfig):
-    """Configuration of `TritonSparseSoftmax`.
+class NMFields(SparseMethodConfig):
+    """Which keys stay, in prefill.
 
     Args:
         sparsity_n, sparsity_m: of every m consecutive keys the n largest scores stay. m is 4 or 8,
@@ -35,14 +35,13 @@ class TritonSparseSoftmaxConfig(SparseMethodConfig):
         "m": "sparsity_m",
     }
 
-    method: Literal["triton_sparse_softmax"] = "triton_sparse_softmax"
     sparsity_n: Annotated[int, whole_number(1, 8)] = 2
     sparsity_m: Annotated[int, one_of(4, 8)] = 4
     num_sink_tokens: Tokens = 0
     dense_window_size: Tokens = 64
 
     @model_validator(mode="after")
-    def _n_within_m(self) -> TritonSparseSoftmaxConfig:
+    def _n_within_m(self) -> Self:
         if self.sparsity_n > self.sparsity_m:
             raise ConfigError(
                 describe(
@@ -52,6 +51,12 @@ class TritonSparseSoftmaxConfig(SparseMethodConfig):
                 )
             )
         return self
+
+
+class TritonSparseSoftmaxConfig(NMFields):
+    """Configuration of `TritonSparseSoftmax`: `NMFields`."""
+
+    method: Literal["triton_sparse_softmax"] = "triton_sparse_softmax"
 
 
 @register_sparse_method
@@ -66,14 +71,14 @@ class TritonSparseSoftmax(SparseMethod[TritonSparseSoftmaxConfig]):
 
     def plan(self) -> Plan:
         """N:M sparsity, dense where n == m."""
-        config = self.config
-        if config.sparsity_n == config.sparsity_m:
-            return DENSE
-        return Plan(
-            nm=NMSparsity(
-                config.sparsity_n,
-                config.sparsity_m,
-                config.num_sink_tokens,
-                config.dense_window_size,
-            )
-        )
+        nm = nm_part(self.config)
+        return DENSE if nm is None else Plan(nm=nm)
+
+
+def nm_part(config: NMFields) -> NMSparsity | None:
+    """What these fields say, as a part of a plan; None for dense."""
+    if config.sparsity_n == config.sparsity_m:
+        return None
+    return NMSparsity(
+        config.sparsity_n, config.sparsity_m, config.num_sink_tokens, config.dense_window_size
+    )

@@ -29,7 +29,7 @@ FILES = sorted(Path(modelopt_sparse_cli.__file__).parent.glob("*.py"))
 
 def run(*arguments):
     """Runs the command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner(env={"COLUMNS": "300"}).invoke(app, [str(argument) for argument in arguments])
 
 
 def started(program, *arguments):

@@ -134,8 +134,20 @@ def test_a_rule_out_of_its_place_is_an_error():
     refused({"method": SKIP}, "'method'", "Put it in a rule")
     refused({"*": SKIP_RULE, "enable": False}, "'enable'", "Put it in a rule")
     refused({"*": SKIP_RULE, "skip_softmax_threshold": 0.1}, "skip_softmax_threshold", "Put it in")
-    refused({"*": SKIP_RULE, "calibration": {"samples": 8}}, "calibration", "not offered yet")
-    refused({"*": {**SKIP_RULE, "calibration": {"samples": 8}}}, "calibration", "not offered yet")
+    refused({"*": {**SKIP_RULE, "calibration": {"samples": 8}}}, "calibration", "beside sparse_cfg")
+
+
+def test_a_calibration_stands_beside_the_rules_or_among_them():
+    said = {"target_sparse_ratio": {"prefill": 0.4}, "samples": 8}
+    beside = SparseAttentionConfig(sparse_cfg={"*": SKIP_RULE}, calibration=said)
+    among = SparseAttentionConfig(sparse_cfg={"*": SKIP_RULE, "calibration": said})
+    assert beside == among == SparseAttentionConfig.load(among.to_dict())
+    assert beside.calibration.samples == 8
+    assert beside.with_rule("*", enable=False).calibration == beside.calibration
+    with pytest.raises(ConfigError, match="calibration: got two"):
+        SparseAttentionConfig(sparse_cfg={"*": SKIP_RULE, "calibration": said}, calibration=said)
+    with pytest.raises(ConfigError, match=r"calibration\.samples"):
+        SparseAttentionConfig(sparse_cfg={"*": SKIP_RULE}, calibration={"samples": True})
 
 
 @pytest.mark.parametrize("field", ["br", "sparsity_n", "thresholds", "num_sink_tokens"])

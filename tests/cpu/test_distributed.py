@@ -142,3 +142,39 @@ def test_a_tensor_parallel_model_computes_the_same(tmp_path):
         torch.testing.assert_close(outs["dense"], dense)
         torch.testing.assert_close(outs["sparse"], sparse, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(sparse, dense, atol=1e-2)
+
+
+CALIBRATE = """
+model = tiny.tiny_llama()
+mtsa.sparsify(model, tiny.SKIP)
+mtsa.calibrate(model, {"target_sparse_ratio": 0.3}, [tiny.prompt(200, seed=rank)])
+found = [module.method.config.model_dump() for module in model.modules() if hasattr(module, "method")]
+torch.save(found, f"{folder}/{rank}.pt")
+try:
+    mtsa.calibrate(model, {"thresholds_for": "head"}, [tiny.prompt(200)])
+except mtsa.UnsupportedCall as error:
+    assert "2 processes" in str(error)
+else:
+    raise AssertionError("heads were calibrated apart in two processes")
+dist.destroy_process_group()
+"""
+
+
+def test_all_ranks_get_the_thresholds_of_what_all_of_them_counted(tmp_path):
+    model = mtsa.sparsify(tiny.tiny_llama(), tiny.SKIP)
+    mtsa.calibrate(
+        model, {"target_sparse_ratio": 0.3}, [tiny.prompt(200, seed=rank) for rank in (0, 1)]
+    )
+    wanted = [
+        module.method.config.model_dump() for module in model.modules() if hasattr(module, "method")
+    ]
+    one = mtsa.calibrate(
+        mtsa.sparsify(tiny.tiny_llama(), tiny.SKIP),
+        {"target_sparse_ratio": 0.3},
+        [tiny.prompt(200)],
+    )
+    alone = [
+        module.method.config.model_dump() for module in one.modules() if hasattr(module, "method")
+    ]
+    first, second = _run(CALIBRATE, tmp_path)
+    assert first == second == wanted != alone

@@ -10,6 +10,8 @@ from modelopt_sparse.methods import (
     FlashSkipSoftmaxConfig,
     TritonSkipSoftmax,
     TritonSkipSoftmaxConfig,
+    TritonSkipSparseSoftmax,
+    TritonSkipSparseSoftmaxConfig,
     TritonSparseSoftmax,
     TritonSparseSoftmaxConfig,
 )
@@ -17,10 +19,12 @@ from modelopt_sparse.methods.fields import AUTO_MIN_CONTEXT
 from modelopt_sparse.module import SparseAttentionModule
 
 SKIP, NM, FLASH = "triton_skip_softmax", "triton_sparse_softmax", "flash_skip_softmax"
+BOTH = "triton_skip_sparse_softmax"
 BUILT_IN = {
     SKIP: (TritonSkipSoftmax, TritonSkipSoftmaxConfig),
     NM: (TritonSparseSoftmax, TritonSparseSoftmaxConfig),
     FLASH: (FlashSkipSoftmax, FlashSkipSoftmaxConfig),
+    BOTH: (TritonSkipSparseSoftmax, TritonSkipSparseSoftmaxConfig),
 }
 
 
@@ -136,6 +140,16 @@ def test_flash_skip_softmax_applies_the_first_lambda_and_counts_the_others(field
     assert numbers(FlashSkipSoftmax(FlashSkipSoftmaxConfig(**fields)).plan()) == plan
 
 
+def test_skip_sparse_softmax_leaves_out_what_both_do():
+    config = TritonSkipSparseSoftmaxConfig(
+        skip_softmax_threshold=0.2, skip_softmax_decode_threshold=0.3, sparsity_n=1, min_context=9
+    )
+    both = numbers(TritonSkipSparseSoftmax(config).plan())
+    assert both == (nm(1, 4), skip(0.2, least=9), skip_decode(0.3, least=9))
+    dense_nm = TritonSkipSparseSoftmaxConfig(sparsity_n=4, skip_softmax_threshold=0.2)
+    assert numbers(TritonSkipSparseSoftmax(dense_nm).plan()) == (None, skip(0.2), None)
+
+
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("keys", [16, 32, 64, 128])
 def test_every_decision_tile_reaches_the_plan(rows, keys):
@@ -148,8 +162,8 @@ def test_every_decision_tile_reaches_the_plan(rows, keys):
 def test_every_method_names_its_paper_and_documents_its_fields(name):
     method, config = BUILT_IN[name]
     assert "arXiv" in method.__doc__
-    own = set(config.model_fields) - {"method", "backend"}
-    assert not [field for field in own if field not in config.__doc__]
+    said = "".join(cls.__doc__ or "" for cls in config.__mro__ if cls.__module__ != "pydantic.main")
+    assert not [field for field in config.model_fields if field not in said]
 
 
 def test_a_method_refuses_another_s_configuration():

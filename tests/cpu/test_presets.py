@@ -10,6 +10,7 @@ from modelopt_sparse.config import SparseAttentionConfig
 from modelopt_sparse.methods import (
     FlashSkipSoftmaxConfig,
     TritonSkipSoftmaxConfig,
+    TritonSkipSparseSoftmaxConfig,
     TritonSparseSoftmaxConfig,
 )
 from modelopt_sparse.patterns import Target
@@ -17,7 +18,10 @@ from modelopt_sparse.patterns import Target
 EXPECTED = {
     "skip_softmax": (presets.SKIP_SOFTMAX_TRITON_DEFAULT, TritonSkipSoftmaxConfig()),
     "sparse_softmax": (presets.SPARSE_SOFTMAX_DEFAULT, TritonSparseSoftmaxConfig()),
+    "skip_sparse_softmax": (presets.SKIP_SPARSE_SOFTMAX_DEFAULT, TritonSkipSparseSoftmaxConfig()),
     "flash_skip_softmax": (presets.SKIP_SOFTMAX_DEFAULT, FlashSkipSoftmaxConfig()),
+    "skip_softmax_calib": (presets.SKIP_SOFTMAX_TRITON_CALIB, TritonSkipSoftmaxConfig()),
+    "flash_skip_softmax_calib": (presets.SKIP_SOFTMAX_CALIB, FlashSkipSoftmaxConfig()),
 }
 SELF = Target("model.layers.0.self_attn", "LlamaAttention", None)
 CROSS = Target("decoder.0.cross_attn", "Attention", None, causal_self_attention=False)
@@ -25,7 +29,7 @@ CROSS = Target("decoder.0.cross_attn", "Attention", None, causal_self_attention=
 
 def test_every_preset_has_its_command_line_name():
     assert dict(presets.PRESETS) == {name: config for name, (config, _) in EXPECTED.items()}
-    public = [value for name, value in vars(presets).items() if name.endswith("_DEFAULT")]
+    public = [value for value in vars(presets).values() if isinstance(value, SparseAttentionConfig)]
     assert sorted(map(id, public)) == sorted(map(id, presets.PRESETS.values()))
 
 
