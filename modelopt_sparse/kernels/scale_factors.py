@@ -43,8 +43,9 @@ class ScaleFactors:
             raise ArgumentError(
                 describe("factors", got, "one entry for each length, and one at least")
             )
-        if len({len(row) for row in self._rows}) > 1:
-            raise ArgumentError(describe("factors", "rows of unequal length", "one for each head"))
+        if len({len(row) for row in self._rows}) > 1 or not self._rows[0]:
+            got = f"rows of {[len(row) for row in self._rows]} heads"
+            raise ArgumentError(describe("factors", got, "one factor for each head"))
         for factor in (factor for row in self._rows for factor in row):
             if not check_factor("factors", factor):
                 raise ArgumentError(describe("factors", factor, "numbers above 0"))

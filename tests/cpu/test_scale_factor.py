@@ -10,6 +10,7 @@ import torch
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError
 from modelopt_sparse.kernels import (
     Plan,
+    ScaleFactors,
     SkipSoftmax,
     SkipSoftmaxDecode,
     attention_paged,
@@ -138,3 +139,51 @@ def test_a_threshold_beside_it_is_refused():
         attention_reference(
             *inputs_of("prefill").qkv, plan=plan_of(scale_factor=2.0, threshold=0.1)
         )
+
+
+def test_between_lengths_the_factor_follows_a_line_of_logarithms_and_beyond_it_stays():
+    scale = ScaleFactors((100, 400), (2.0, 32.0))
+    n = torch.tensor([1, 50, 100, 200, 400, 1000], dtype=torch.int32)
+    # 200 is half-way from 100 to 400, and 8 from 2 to 32.
+    wanted = [1.0, 2 / 50, 2 / 100, 8 / 200, 32 / 400, 32 / 1000]
+    found = scale.thresholds(n)
+    assert found.dtype == torch.float64 and found.shape == (6, 1)
+    assert found[:, 0].tolist() == pytest.approx(wanted, rel=1e-12)
+    one = ScaleFactors((7,), (30.0,)).thresholds(n)
+    assert one[:, 0].tolist() == pytest.approx([min(30.0 / int(x), 1.0) for x in n], rel=1e-12)
+
+
+@pytest.mark.parametrize("phase", ROWS)
+def test_each_head_has_factors_of_its_own(phase):
+    inputs, attend = inputs_of(phase), attention_reference
+    heads = inputs.q.shape[1]
+    factors = tuple(20.0 * (1 + head) for head in range(heads))
+    scale = ScaleFactors((150, 400), (factors, tuple(2 * x for x in factors)))
+    found = attend(*inputs.qkv, plan=plan_of(scale_factor=scale), details=True)
+    lambdas = torch.tensor([[x * (1 + b) / n for x in factors] for b, n in enumerate(LENGTHS)])
+    wanted = attend(*inputs.qkv, plan=plan_of(threshold=lambdas.clamp(max=1)), details=True)
+    assert all(map(torch.equal, found.kept, wanted.kept))
+    skipped = getattr(found, phase).skipped[0]
+    assert skipped.unique().numel() > 1
+    with pytest.raises(ArgumentError, match=f"got factors for {heads + 1} heads"):
+        other = ScaleFactors((1,), ((1.0,) * (heads + 1),))
+        attend(*inputs.qkv, plan=plan_of(scale_factor=other))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "factors"),
+    [
+        ((), ()),
+        ((4, 4), (1.0, 1.0)),
+        ((8, 4), (1.0, 1.0)),
+        ((0,), (1.0,)),
+        ((4,), (1.0, 2.0)),
+        ((4,), (0.0,)),
+        ((4,), (math.nan,)),
+        ((4, 8), ((1.0, 2.0), (1.0,))),
+        ((4,), ((),)),
+    ],
+)
+def test_factors_that_are_no_table_are_refused(lengths, factors):
+    with pytest.raises(ArgumentError, match=r"lengths|factors"):
+        ScaleFactors(lengths, factors)
