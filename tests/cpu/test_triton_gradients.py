@@ -23,6 +23,7 @@ from modelopt_sparse.kernels import (
 from modelopt_sparse.kernels.check import Call
 from tests.cpu.test_triton_tiles import random_map
 from tests.inputs import EXACT_SCALE, features, integers, needs_interpreter, topical
+from tests.thinned import thinned
 
 pytestmark = needs_interpreter
 
@@ -96,8 +97,7 @@ def check_gradients(inputs, plan, lse=True, **options):
     return theirs, found
 
 
-@pytest.mark.parametrize("names", NAMES)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@thinned(6, plan=PLANS, names=NAMES)
 def test_gradients_are_those_of_the_reference(plan, names):
     inputs = small()
     result, _ = check_gradients(inputs, plan, **features(names, inputs))
@@ -105,14 +105,18 @@ def test_gradients_are_those_of_the_reference(plan, names):
         assert result.prefill.skipped[0].sum() > 0 and result.decode.skipped[0].sum() > 0
 
 
-@pytest.mark.parametrize("plan", ["dense", "2:4", "skip", "exact"])
+@thinned(2, plan=["2:4", "dense", "exact", "skip"])
 def test_gradients_are_those_of_the_reference_in_fp32(plan):
     check_gradients(small(dtype=torch.float32), PLANS[plan])
 
 
-@pytest.mark.parametrize("plan", [PLANS["dense"], Plan(skip=SkipSoftmax(0.9))], ids=["", "64x128"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2)], ids=["3", "4kv2"])
-def test_gradients_are_those_of_the_reference_in_other_layouts(heads, kv_heads, plan):
+@thinned(
+    2,
+    layout={"3": (3, 3), "4kv2": (4, 2)},
+    plan={"64x128": Plan(skip=SkipSoftmax(0.9)), "": PLANS["dense"]},
+)
+def test_gradients_are_those_of_the_reference_in_other_layouts(layout, plan):
+    heads, kv_heads = layout
     inputs = small(
         q_lens=[70, 1], k_lens=[300, 60], heads=heads, kv_heads=kv_heads, dim=24, dim_v=40, span=128
     )
@@ -120,12 +124,15 @@ def test_gradients_are_those_of_the_reference_in_other_layouts(heads, kv_heads, 
     assert plan.skip is None or result.prefill.skipped[0].sum() > 0
 
 
-@pytest.mark.parametrize("nm", [None, NM], ids=["", "2:4"])
-@pytest.mark.parametrize(("rows", "keys"), [(16, 16), (64, 128), (128, 32)], ids=str)
-@pytest.mark.parametrize("names", ["", "bounds"])
-def test_given_tiles_have_the_gradients_of_the_reference(names, rows, keys, nm):
+@thinned(
+    3,
+    names=["", "bounds"],
+    tile=[(16, 16), (64, 128), (128, 32)],
+    nm={"": None, "2:4": NM},
+)
+def test_given_tiles_have_the_gradients_of_the_reference(names, tile, nm):
     inputs = small()
-    plan = Plan(nm, tiles=random_map(inputs, rows, keys))
+    plan = Plan(nm, tiles=random_map(inputs, *tile))
     check_gradients(inputs, plan, **features(names, inputs))
 
 

@@ -19,6 +19,7 @@ from modelopt_sparse.kernels import (
 )
 from tests.inputs import features, needs_interpreter, topical
 from tests.paged import LAYOUTS, in_pages, paged_triton
+from tests.thinned import thinned
 
 SKIP = SkipSoftmax(0.1, 16, 32)
 DECODE = SkipSoftmaxDecode(0.1, 32, 64)
@@ -57,23 +58,24 @@ def compare(inputs, plan, page_size, layout, **options) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@thinned(4, plan=PLANS, page_size=PAGE_SIZES)
 def test_pages_of_any_size_give_the_bits_of_packed_keys(plan, page_size):
     compare(mixed(), plan, page_size, "nhd")
 
 
 @needs_interpreter
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@thinned(2, layout=LAYOUTS, dtype=[torch.float16, torch.float32])
 def test_pages_of_any_layout_give_the_bits_of_packed_keys(layout, dtype):
     compare(mixed(dtype, dim_v=16), PLANS["skip"], 32, layout)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("names", ["full", "window", "sinks softcap", "bounds", "tile_mask bias"])
-@pytest.mark.parametrize("phase", [None, Phase.DECODE], ids=str)
-def test_pages_with_other_options(names, phase):
+@thinned(
+    2,
+    phase=[None, Phase.DECODE],
+    names=["full", "window", "sinks softcap", "bounds", "tile_mask bias"],
+)
+def test_pages_with_other_options(phase, names):
     inputs = mixed() if phase is None else topical([3, 2], [140, 50], dtype=torch.float16)
     compare(inputs, PLANS["skip"], 16, "hnd", phase=phase, **features(names, inputs))
 

@@ -9,6 +9,7 @@ from modelopt_sparse.kernels import NMSparsity, Plan, SkipSoftmax, SkipSoftmaxDe
 from tests.cpu.test_triton_gradients import check_gradients, small
 from tests.cpu.test_triton_tiles import random_map
 from tests.inputs import features, needs_interpreter
+from tests.thinned import thinned
 
 pytestmark = needs_interpreter
 
@@ -73,15 +74,14 @@ def sums(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("names", ["", "bounds"])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@thinned(3, plan=PLANS, names=["", "bounds"])
 def test_gradients_of_shared_columns_are_those_of_the_reference(sums, plan, names):
     inputs = small(q_lens=(150, 1, 20, 0), k_lens=(150, 90, 25, 3), heads=4, kv_heads=2)
     check_gradients(inputs, plan, **features(names, inputs))
     assert max(sums) > 1
 
 
-@pytest.mark.parametrize("nm", [None, NM], ids=["", "2:4"])
+@thinned(2, nm={"2:4": NM, "": None})
 def test_gradients_of_given_tiles_in_shared_columns(sums, nm):
     inputs = small(q_lens=(300, 20), k_lens=(300, 25), heads=4, kv_heads=2)
     check_gradients(inputs, Plan(nm, tiles=random_map(inputs, 64, 32)))

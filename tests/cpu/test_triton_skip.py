@@ -18,6 +18,7 @@ from modelopt_sparse.kernels import (
 from modelopt_sparse.kernels.arguments import counted_thresholds
 from tests.inputs import EXACT_SCALE, check, features, integers, needs_interpreter, topical
 from tests.inputs import check_skips as check_skips_of
+from tests.thinned import thinned
 
 pytestmark = needs_interpreter
 
@@ -47,9 +48,9 @@ def check_skips(inputs, plan, phases=("prefill",), **options):
     return check_skips_of(inputs, plan, phases, attention_triton, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "keys"), TILES, ids=TILE_IDS)
-def test_prefill_keeps_the_tiles_of_the_oracle_ties_included(rows, keys, dtype):
+@thinned(2, tile=TILES, dtype=DTYPES)
+def test_prefill_keeps_the_tiles_of_the_oracle_ties_included(tile, dtype):
+    rows, keys = tile
     q_lens, k_lens = ([70, 1, 20], [5 * keys, 30, 4 * keys]) if keys < 128 else ([70], [600])
     inputs = small(integers, q_lens, k_lens, span=keys, dtype=dtype)
     plan = prefill(0.5, rows, keys, COUNTED)
@@ -57,16 +58,18 @@ def test_prefill_keeps_the_tiles_of_the_oracle_ties_included(rows, keys, dtype):
     assert wanted.ties > 0
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["", "exact"])
-@pytest.mark.parametrize("names", FEATURES)
+@thinned(2, names=FEATURES, exact={"": False, "exact": True})
 def test_prefill_skips_with_every_feature(names, exact):
     q_lens, k_lens = [23, 0, 5], [75, 9, 60]
     inputs = small(topical, q_lens, k_lens, strength=9.0, dtype=DTYPES[len(names) % 2])
     check_skips(inputs, prefill(exact_normalizer=exact), **features(names, inputs, seed=1))
 
 
-@pytest.mark.parametrize("names", ["", "full", "wide_window sinks", "tile_mask"])
-@pytest.mark.parametrize("nm", [NMSparsity(2, 4, 3, 5), NMSparsity(1, 8, 0, 0)], ids=["2:4", "1:8"])
+@thinned(
+    2,
+    nm={"2:4": NMSparsity(2, 4, 3, 5), "1:8": NMSparsity(1, 8, 0, 0)},
+    names=["", "full", "wide_window sinks", "tile_mask"],
+)
 def test_nm_and_skip_compose(nm, names):
     inputs = small(topical, [23, 9], [75, 50], strength=9.0, seed=2)
     plan = prefill(nm=nm, counted=COUNTED[:3], exact_normalizer=names == "full")
@@ -87,8 +90,8 @@ def test_rows_before_the_first_key_and_lone_rows_by_the_prefill_rule():
 
 @pytest.mark.parametrize("plan", [prefill, decode], ids=["prefill", "decode"])
 def test_thresholds_that_are_only_counted_leave_the_dense_output(plan):
-    n_q = 30 if plan is prefill else 1
-    inputs = small(topical, [n_q], [140], strength=9.0, kv_heads=2)
+    n_q, n_k = (20, 100) if plan is prefill else (1, 140)
+    inputs = small(topical, [n_q], [n_k], strength=9.0, kv_heads=2, dtype=torch.float16)
     more = {"counted" if plan is prefill else "count_thresholds": (0.5, 0.1, 0.9)}
     result = attention_triton(*inputs.qkv, plan=plan(None, **more))
     dense = attention_triton(*inputs.qkv)
@@ -112,16 +115,16 @@ def test_further_thresholds_are_numbers_and_not_a_tensor_that_a_graph_would_outl
 
 
 LAMBDAS = {
+    "per both": torch.tensor([[0.3, 0.1, 0.9, 1.0], [1e-6, 0.0, 0.3, 0.2]]),
     "scalar": torch.tensor(0.1),
     "per sequence": torch.tensor([[0.3], [0.02]]),
     "per head": torch.tensor([0.3, 0.01, 0.0, 0.9]),
-    "per both": torch.tensor([[0.3, 0.1, 0.9, 1.0], [1e-6, 0.0, 0.3, 0.2]]),
     "clamped": torch.tensor([[64.0, math.inf, -3.0, -math.inf]]),
     "nan": torch.tensor([[math.nan, -0.0, 0.3, 1.0]]),
 }
 
 
-@pytest.mark.parametrize("threshold", LAMBDAS.values(), ids=LAMBDAS)
+@thinned(2, threshold=LAMBDAS)
 def test_lambda_tensors_apply_per_sequence_and_head(threshold):
     more = {"heads": 4, "kv_heads": 2, "strength": 5.0}
     check_skips(small(topical, [20, 33], [75, 50], **more), prefill(threshold))
@@ -151,19 +154,26 @@ def test_some_heads_of_a_group_vote_together(vote_heads):
     assert (by_votes == by_votes[:, :1]).all() and (by_votes[0] != by_votes[1]).any()
 
 
-@pytest.mark.parametrize("segment", [16, 64, 4096])
-@pytest.mark.parametrize("vote_heads", [None, 1], ids=["groups", "heads"])
-@pytest.mark.parametrize("names", ["", "wide_window sinks", "tile_mask bias", "bounds"])
+@thinned(
+    3,
+    names=["", "wide_window sinks", "tile_mask bias", "bounds"],
+    vote_heads={"groups": None, "heads": 1},
+    segment=[16, 64, 4096],
+)
 def test_decode_skips_the_tiles_of_the_oracle(names, vote_heads, segment):
     inputs = small(topical, [1] * 3, [200, 15, 65], heads=4, kv_heads=2, strength=9.0, seed=1)
     plan = decode(segment=segment, vote_heads=vote_heads)
     check_skips(inputs, plan, ("decode",), **features(names, inputs))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("exact", [False, True], ids=["", "exact"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2)], ids=["3", "6kv2"])
-def test_decode_skips_in_other_layouts(heads, kv_heads, exact, dtype):
+@thinned(
+    2,
+    layout={"3": (3, 3), "6kv2": (6, 2)},
+    exact={"": False, "exact": True},
+    dtype=DTYPES,
+)
+def test_decode_skips_in_other_layouts(layout, exact, dtype):
+    heads, kv_heads = layout
     more = {"heads": heads, "kv_heads": kv_heads, "dim": 24, "dim_v": 40, "topics": 2}
     inputs = small(topical, [1] * 3, [160, 64, 90], dtype=dtype, strength=9.0, **more)
     plan = decode(exact_normalizer=exact, count_thresholds=COUNTED)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from modelopt_sparse.kernels import Phase, Plan, Seqs, SkipSoftmaxDecode, attention_triton, splits
 from modelopt_sparse.kernels.splits import LONG_SPLIT_KEYS, SHORT_SPLIT_KEYS, split_keys
 from tests.inputs import check, features, needs_interpreter, topical
+from tests.thinned import thinned
 
 pytestmark = needs_interpreter
 
@@ -21,7 +21,6 @@ PLANS = {
     "per_head": Plan(skip_decode=SkipSoftmaxDecode(0.1, 16, 512, vote_heads=1)),
     "counted": Plan(skip_decode=SkipSoftmaxDecode(0.1, 16, 64, count_thresholds=(0.5, 0.01))),
 }
-each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
 
 def test_splits_are_whole_segments_and_whole_words_of_decisions():
@@ -39,8 +38,7 @@ def test_long_sequences_have_longer_splits(monkeypatch):
     check(inputs, Plan(), attention_triton)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@each_plan
+@thinned(2, plan=PLANS, dtype=[torch.float16, torch.float32])
 def test_one_row_over_several_splits(plan, dtype):
     inputs = topical([1] * len(LENGTHS), LENGTHS, kv_heads=2, strength=9.0, dtype=dtype)
     _, wanted = check(inputs, plan, attention_triton)
@@ -48,22 +46,28 @@ def test_one_row_over_several_splits(plan, dtype):
         assert 0 < wanted.decode.skipped[0].sum() < wanted.decode.visible.sum()
 
 
-@pytest.mark.parametrize("names", ["full", "window", "sinks softcap", "bounds", "tile_mask bias"])
-@pytest.mark.parametrize("plan", [PLANS["dense"], PLANS["skip"]], ids=["dense", "skip"])
+@thinned(
+    2,
+    plan={"dense": PLANS["dense"], "skip": PLANS["skip"]},
+    names=["full", "window", "sinks softcap", "bounds", "tile_mask bias"],
+)
 def test_several_rows_over_several_splits(plan, names):
     inputs = topical([3, 0, 2], [700, 40, 513], kv_heads=2, strength=9.0, dtype=torch.float32)
     check(inputs, plan, attention_triton, phase=Phase.DECODE, **features(names, inputs))
 
 
 # Of exact products every tile is an edge.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("plan", [PLANS["dense"], PLANS["skip"]], ids=["dense", "skip"])
+@thinned(
+    2,
+    plan={"dense": PLANS["dense"], "skip": PLANS["skip"]},
+    dtype=[torch.float32, torch.float16],
+)
 def test_splits_in_which_a_row_sees_no_key(plan, dtype):
     inputs = topical([2, 1], [1100, 1100], strength=9.0, dtype=dtype)
     check(inputs, plan, attention_triton, phase=Phase.DECODE, window=200)
 
 
-@each_plan
+@thinned(2, plan=PLANS)
 def test_a_sequence_has_the_same_bits_alone_and_among_longer_ones(plan):
     lengths = [1100, 300, 513]
     inputs = topical([1] * 3, lengths, kv_heads=2, strength=9.0, dtype=torch.float16, gaps=False)
