@@ -82,7 +82,7 @@ def test_blocks_that_need_a_gpu_are_only_compiled_without_one(tmp_path, runner):
     )
     assert len(blocks_of(page.read_text())) == 1
     assert not runner(str(page))
-    page.write_text("```python {.gpu}\nnot python\n```\n")
+    page.write_text("```python {.gpu}\nthis is no code\n```\n")
     assert "SyntaxError" in runner(str(page))
     with pytest.raises(ValueError, match="line 1"):
         blocks_of("```python {.other}\nx = 1\n```\n")
