@@ -1,4 +1,5 @@
 # make demo: the quickstart. make test: lint, types, CPU tests. make test-gpu: the kernels on a GPU.
+# make docs: the documentation's site, in site/.
 # All make their own virtual environment.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 # One process a core, each with one thread.
 WORKERS ?= auto
 
-.PHONY: demo test test-all test-gpu lint check-python clean
+.PHONY: demo test test-all test-gpu docs lint check-python clean
 .DEFAULT_GOAL := test
 
 check-python:
@@ -44,5 +45,11 @@ test-all: lint
 test-gpu: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu -n $(WORKERS) --dist loadgroup
 
+# What is generated in pages is written first.
+docs: $(STAMP)
+	$(BIN)/python docs/reference.py
+	$(BIN)/python -m modelopt_sparse.bench.tables --into docs/benchmarks.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -28,6 +28,7 @@ class SparseMethodConfig(BaseModel):
     field.
 
     Args:
+        method: the name by which configurations choose it.
         backend: "triton" runs the Triton kernels on GPU tensors and the torch reference on CPU tensors;
             "pytorch" always runs the torch reference.
     """
