@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from modelopt_sparse.errors import ArgumentTypeError, describe
 from modelopt_sparse.integrations.hf import ATTENTION_NAME
 from modelopt_sparse.integrations.hf_paged import PAGED_NAME
+from modelopt_sparse.methods.calibrated import CalibratedThreshold
 from modelopt_sparse.modes.apply import check_model
 from modelopt_sparse.module import SparseAttentionModule
 from modelopt_sparse.module_state import sparse_modules
@@ -64,17 +66,17 @@ def summary_table(model: nn.Module) -> Table:
     table.add_column("enabled")
     table.add_column("prefill", justify="right", no_wrap=True)
     table.add_column("decode", justify="right", no_wrap=True)
-    above = ""
+    above = None
     for name, module in sparse_modules(model):
-        entry, method = stats[name], _method_cell(module)
+        entry, config = stats[name], module.method.config
         table.add_row(
             name,
-            '"' if method == above else method,
+            '"' if config == above else _method_cell(module),
             _enabled_cell(module),
             _phase_cell([entry["prefill"]]),
             _phase_cell([entry["decode"]]),
         )
-        above = method
+        above = config
     if len(stats) > 1:
         table.add_section()
         phases = ([entry[phase] for entry in stats.values()] for phase in ("prefill", "decode"))
@@ -129,9 +131,18 @@ def _phase_cell(phases: list[dict[str, Any] | None]) -> str:
     return f"{skipped / max(visible, 1):.1%}\nof {visible:,}"
 
 
+def _short(value: Any) -> Any:
+    """Plain data, but for calibrated thresholds, whose tables are long."""
+    if isinstance(value, CalibratedThreshold):
+        return str(value)
+    if isinstance(value, BaseModel):
+        return {name: _short(field) for name, field in value}
+    return [_short(entry) for entry in value] if isinstance(value, tuple) else value
+
+
 def _method_cell(module: SparseAttentionModule) -> str:
-    """The method's name, then its parameters; a row whose cell equals the one above shows a ditto mark."""
-    fields = module.method.config.model_dump(mode="json")
+    """The method's name, then its parameters."""
+    fields = _short(module.method.config)
     method = fields.pop("method")
     plan = module.method.plan()
     if fields.get("min_context") == "auto" and (part := plan.skip or plan.skip_decode):

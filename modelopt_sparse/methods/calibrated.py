@@ -139,6 +139,15 @@ class CalibratedThreshold(BaseModel):
         """
         return CalibratedThreshold(target_sparsity=target, formula=self.formula, table=self.table)
 
+    def __str__(self) -> str:
+        """In few words: the share, and what says how it is reached."""
+        said = [f"{self.target_sparsity:.1%} of tiles"]
+        if self.table is not None:
+            said.append(f"table for {self.table.lengths[0]} to {self.table.lengths[-1]} keys")
+        if self.formula is not None:
+            said.append(f"{self.formula.a:g} * exp({self.formula.b:g} * share) / keys")
+        return "; ".join(said)
+
     @cached_property
     def scale_factor(self) -> float | ScaleFactors | None:
         """As a plan takes it; None for dense."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -311,6 +312,27 @@ def test_sparsify_calibrates_where_the_configuration_says_so(model):
     assert methods(fresh) == methods(model)
     by_calibrate = mtsa.calibrate(dense_model(), config, [source(1024)])
     assert methods(by_calibrate) == methods(model)
+
+
+def test_the_summary_says_shares_and_not_tables(calibrated):
+    console = Console(record=True, width=200)
+    mtsa.print_sparse_attention_summary(calibrated, console)
+    said = console.export_text()
+    assert "50.0% of tiles; table for 512 to 1024 keys" in said
+    assert len(said.splitlines()) < 40
+    by_head = copy.deepcopy(calibrated)
+    modules = [module for _, module in sparse_modules(by_head)]
+    table = methods(calibrated)[0].skip_softmax_threshold.table
+    for scale, module in zip((2.0, 3.0, 4.0), modules, strict=True):
+        factors = tuple(tuple((x * scale,) * 2 for x in row) for row in table.factors)
+        other = CalibratedThreshold(
+            target_sparsity=0.5, table=table.model_copy(update={"factors": factors})
+        )
+        config = module.method.config.with_thresholds({"prefill": other}, 512)
+        module.method = type(module.method)(config)
+    with console.capture() as said:
+        mtsa.print_sparse_attention_summary(by_head, console)
+    assert said.get().count("50.0% of tiles; table for") == 2 * LAYERS, said.get()
 
 
 def test_what_was_calibrated_is_saved_and_can_be_changed_afterwards(calibrated, tmp_path):

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "calibration", "config", "convert", "integrations", "models", "modes", "module", "module_state",
         "patterns", "sparse_parts", "thresholds",
     },
-    "report": {"integrations", "modes", "module", "module_state", "stats"},
+    "report": {"integrations", "methods", "modes", "module", "module_state", "stats"},
     "export": {"methods", "models", "modes", "module", "module_state"},
     "calibration": {"calls", "config", "kernels", "methods", "module"},
     "sparse_parts": {
