@@ -43,20 +43,22 @@ def calibrated(
         UnsupportedCall: attention is bidirectional, or heads are calibrated apart in several processes.
     """
     methods = {name: _method(name, module) for name, module in modules.items()}
-    targets = config.target_sparse_ratio
-    asked: list[PhaseName] = [phase for phase, share in targets.items() if share]
+    # With an error to keep, no share is asked for, and no phase is to be dense.
+    shares = {} if config.target_error else config.target_sparse_ratio
+    asked = list(config.target_error or [phase for phase, share in shares.items() if share])
+    is_probed = config.target_error is not None or config.thresholds_for == "head"
     recorders = {
         name: Recorder(
             type(module.method)(methods[name].with_thresholds(dict.fromkeys(asked, 1.0), 0)).plan(),
-            PROBES if config.thresholds_for == "head" else (),
+            PROBES if is_probed else (),
         )
         for name, module in modules.items()
     }
     with observed({module: recorders[name] for name, module in modules.items()}), torch.no_grad():
         _run(model, config, data)
-    found = {phase: thresholds(recorders, phase, targets[phase], config) for phase in asked}
+    found = {phase: thresholds(recorders, phase, config) for phase in asked}
     least = shortest(recorder.tallies for recorder in recorders.values())
-    dense: dict[PhaseName, Any] = {phase: 0.0 for phase, share in targets.items() if not share}
+    dense: dict[PhaseName, Any] = {phase: 0.0 for phase, share in shares.items() if not share}
     return {
         name: method.with_thresholds(
             dense | {phase: own[name] for phase, own in found.items()},

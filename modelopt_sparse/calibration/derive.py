@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.errors import ConfigError, describe
@@ -11,13 +11,14 @@ from modelopt_sparse.methods.calibrated import CalibratedThreshold, PhaseName, S
 
 from .budget import PROBES, HeadCost, shares
 from .curve import Curve
+from .error import share_within
 from .fit import TARGETS, factor, formula_of, table_of
 from .ranks import of_all_ranks, refuse_ranks
 from .recorder import Recorder, Tallies, Tally, added, by_length
 
 
 def thresholds(
-    recorders: Mapping[str, Recorder], phase: PhaseName, share: float, config: CalibrationConfig
+    recorders: Mapping[str, Recorder], phase: PhaseName, config: CalibrationConfig
 ) -> dict[str, CalibratedThreshold]:
     """By module, its threshold in a phase.
 
@@ -26,17 +27,27 @@ def thresholds(
         UnsupportedCall: heads are calibrated apart in several processes.
     """
     own = Phase(phase)
+    tallies = of_all_ranks({name: recorder.tallies for name, recorder in recorders.items()})
+
+    def share(modules: Iterable[Tallies]) -> float:
+        if config.target_error is None:
+            return config.target_sparse_ratio[phase]
+        return share_within(list(modules), own, config.target_error[phase])
+
     if config.thresholds_for == "head":
         refuse_ranks()
+        found = share(tallies.values())
         tables = _tables_by_head(recorders, own)
         return {
-            name: CalibratedThreshold(target_sparsity=share, table=table)
+            name: CalibratedThreshold(target_sparsity=found, table=table)
             for name, table in tables.items()
         }
-    tallies = of_all_ranks({name: recorder.tallies for name, recorder in recorders.items()})
     if config.thresholds_for == "layer":
-        return {name: _threshold(each, own, share, config) for name, each in tallies.items()}
-    return dict.fromkeys(tallies, _threshold(added(tallies.values()), own, share, config))
+        return {
+            name: _threshold(each, own, share([each]), config) for name, each in tallies.items()
+        }
+    together = added(tallies.values())
+    return dict.fromkeys(tallies, _threshold(together, own, share(tallies.values()), config))
 
 
 def _threshold(

@@ -22,11 +22,11 @@ from modelopt_sparse.methods.fields import not_taken
 from .explain import explained, shown
 
 _PHASES: tuple[PhaseName, ...] = ("prefill", "decode")
-_TAKES = 'a share of tiles from 0 to below 1, or {"prefill": share, "decode": share}, one or both'
+_TAKES = 'a number, or {"prefill": number, "decode": number}, one or both'
 
 
 def by_phase(value: Any) -> Any:
-    """A share for both phases, or one for each, as a mapping of phases."""
+    """A number for both phases, or one for each, as a mapping of phases."""
     if isinstance(value, Mapping):
         if not value or set(value) - set(_PHASES):
             raise not_taken("target", _TAKES)
@@ -39,6 +39,11 @@ def by_phase(value: Any) -> Any:
 TargetSparsity = Annotated[dict[PhaseName, Share], BeforeValidator(by_phase)]
 """Shares of tiles to skip, by phase. One number is for both."""
 
+TargetError = Annotated[
+    dict[PhaseName, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(by_phase)
+]
+"""Relative errors of attention outputs, by phase. One number is for both."""
+
 _Count = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -48,6 +53,10 @@ class CalibrationConfig(BaseModel):
     Args:
         target_sparse_ratio: the share of visible tiles to skip: a number from 0 (dense) to below 1 for
             both phases, or one by phase; a phase that is left out stays as it is.
+        target_error: in place of a share, how far a module's attention output may be off: the norm of its
+            difference from the dense one, relative to that one's, root mean square over the modules
+            ("layer": of each). A number above 0 for both phases, or one by phase. The share is the largest
+            whose error stays within it at every length, with one threshold for all heads of them.
         thresholds_for: "model" has one threshold by length for all modules, so that the share holds over
             all of them together; "layer" one for each module, each of which then skips that share; "head"
             one for each head, such that all of them together skip that share, each as much as changes the
@@ -65,6 +74,7 @@ class CalibrationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target_sparse_ratio: TargetSparsity = Field(default_factory=lambda: by_phase(0.5))
+    target_error: TargetError | None = None
     thresholds_for: Literal["model", "layer", "head"] = "model"
     form: Literal["table", "formula"] = "table"
     samples: _Count = 12
@@ -78,6 +88,8 @@ class CalibrationConfig(BaseModel):
     def _has_text(self) -> CalibrationConfig:
         if self.text_files is not None and not self.text_files:
             raise not_taken("text_files", "at least one path, or None")
+        if self.target_error is not None and "target_sparse_ratio" in self.model_fields_set:
+            raise not_taken("target_error", "one of target_sparse_ratio and target_error")
         if self.thresholds_for == "head" and self.form == "formula":
             raise not_taken("form", '"table" with thresholds_for="head"')
         return self

@@ -233,6 +233,29 @@ def test_heads_skip_where_it_costs_least(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["model", "layer"])
+def test_outputs_err_as_much_as_is_allowed(model, kind):
+    data, error = [source(1024), source(1024, 40_000)], 0.05
+    config = {"target_error": {"prefill": error}, "thresholds_for": kind}
+    mtsa.calibrate(model, {**config, "num_decode_tokens": 1}, data)
+    shares_found = {method.skip_softmax_threshold.target_sparsity for method in methods(model)}
+    assert len(shares_found) == (1 if kind == "model" else LAYERS)
+    assert all(0.02 < share < 0.9 for share in shares_found)
+    # The share that holds at every length may leave some of the error at this one.
+    assert 0.5 * error < output_error(model, data) ** 0.5 < 1.1 * error
+    assert methods(model)[0].skip_softmax_decode_threshold is None
+
+
+def test_an_error_that_nothing_reaches_and_one_that_everything_is_within(model):
+    for error, share in ((1e-12, 0.0), (10.0, 0.95)):
+        mtsa.calibrate(model, {"target_error": error, "num_decode_tokens": 1}, [source(700)])
+        for threshold in ("skip_softmax_threshold", "skip_softmax_decode_threshold"):
+            assert getattr(methods(model)[0], threshold).target_sparsity == share
+    with pytest.raises(ConfigError, match="one of target_sparse_ratio and target_error"):
+        mtsa.calibrate(model, {"target_error": 0.1, "target_sparse_ratio": 0.5})
+
+
+@torch.no_grad()
 def test_heads_that_decide_together_share_a_threshold(model):
     mtsa.calibrate(
         model, {"thresholds_for": "head", "target_sparse_ratio": {"decode": 0.2}}, [source(700)]
