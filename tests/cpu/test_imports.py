@@ -19,8 +19,8 @@ PACKAGE = ROOT.name
 # Every part may import itself, and `errors`.
 ALLOWED: dict[str, set[str]] = {
     "": {
-        "config", "continuous_batching", "export", "faithfulness", "integrations", "methods", "models",
-        "modes", "module", "presets", "report", "sparse_mode", "thresholds", "version",
+        "calibration", "config", "continuous_batching", "export", "faithfulness", "integrations",
+        "methods", "models", "modes", "module", "presets", "report", "sparse_mode", "thresholds", "version",
     },
     "__main__": set(),
     "errors": set(),
@@ -53,7 +53,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"integrations", "modes", "module", "module_state", "stats"},
     "export": {"methods", "models", "modes", "module", "module_state"},
-    "calibration": {"calls", "config", "kernels", "methods", "module"},
+    "calibration": {
+        "calls", "config", "kernels", "methods", "modes", "module", "module_state",
+    },
     "sparse_parts": {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
     },
