@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,16 @@ _CHARACTERS = 4096
 _NEXT, _APART = 0.618, 2**0.5 - 1
 
 
-def prompts(model: nn.Module, config: CalibrationConfig, seed: int = 0) -> Iterator[Tensor]:
+def prompts(
+    model: nn.Module,
+    config: CalibrationConfig,
+    seed: int = 0,
+    lengths: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
     """Token ids [1, n] of each sample: from `max_seqlen` tokens down by halves, and over again.
 
     Args:
+        lengths: other ones, one after another and over again.
         seed: other ones give other samples; of files, parts that begin elsewhere.
 
     Raises:
@@ -36,9 +42,7 @@ def prompts(model: nn.Module, config: CalibrationConfig, seed: int = 0) -> Itera
         FileNotFoundError: a file isn't there.
     """
     tokenizer = _tokenizer(model, config.tokenizer)
-    lengths = [config.max_seqlen]
-    while lengths[-1] >= 2 * LEAST:
-        lengths.append(lengths[-1] // 2)
+    lengths = lengths or _halves(config.max_seqlen)
     for index in range(config.samples):
         # All lengths with one kind of task, or one file, before the next.
         turn, place = divmod(index, len(lengths))
@@ -57,6 +61,13 @@ def prompts(model: nn.Module, config: CalibrationConfig, seed: int = 0) -> Itera
         wanted = length - len(opening) - len(question)
         ids = [*opening, *islice(middle, wanted), *question]
         yield torch.tensor([ids])
+
+
+def _halves(longest: int) -> list[int]:
+    lengths = [longest]
+    while lengths[-1] >= 2 * LEAST:
+        lengths.append(lengths[-1] // 2)
+    return lengths
 
 
 def _tokenizer(model: nn.Module, name: str | None) -> Any:
