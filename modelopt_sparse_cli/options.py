@@ -38,7 +38,9 @@ ConfigOption = Annotated[
     ),
 ]
 OutputFolder = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where to write it.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace the checkpoint or file that is there.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace the checkpoint or file that is there.")
+]
 TextOption = Annotated[
     list[Path] | None,
     typer.Option(

@@ -11,6 +11,8 @@ from rich.table import Table
 from modelopt_sparse.errors import ArgumentTypeError, describe
 from modelopt_sparse.methods.calibrated import PhaseName
 
+HEADINGS = ("phase", "prompt tokens", "sequences", "target", "achieved", "off, points")
+
 
 class CheckRow(BaseModel):
     """Sequences of one length in one phase.
@@ -29,6 +31,17 @@ class CheckRow(BaseModel):
     sequences: int
     target: float
     achieved: float
+
+    def cells(self) -> tuple[str, ...]:
+        """As under `HEADINGS`."""
+        return (
+            self.phase,
+            f"{self.length:,}",
+            f"{self.sequences}",
+            f"{self.target:.1%}",
+            f"{self.achieved:.1%}",
+            f"{100 * (self.achieved - self.target):+.1f}",
+        )
 
 
 class CalibrationCheck(BaseModel):
@@ -61,16 +74,8 @@ class CalibrationCheck(BaseModel):
 
     def _table(self) -> Table:
         table = Table(title="Tiles skipped: target against achieved")
-        table.add_column("phase")
-        for name in ("prompt tokens", "sequences", "target", "achieved", "off, points"):
-            table.add_column(name, justify="right")
+        for name in HEADINGS:
+            table.add_column(name, justify="left" if name == HEADINGS[0] else "right")
         for row in self.rows:
-            table.add_row(
-                row.phase,
-                f"{row.length:,}",
-                f"{row.sequences}",
-                f"{row.target:.1%}",
-                f"{row.achieved:.1%}",
-                f"{100 * (row.achieved - row.target):+.1f}",
-            )
+            table.add_row(*row.cells())
         return table

@@ -69,7 +69,8 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "quickstart", "sparsify", "calibrate", "eval", "export", "explain", "doctor"]
+    "command",
+    ["", "quickstart", "sparsify", "calibrate", "eval", "report", "export", "explain", "doctor"],
 )
 def test_help_imports_nothing_heavy(command):
     done = started(HELP, *filter(None, [command]), "--help")

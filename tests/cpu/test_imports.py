@@ -61,6 +61,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "thresholds": {"calibration", "config", "methods", "module", "patterns", "sparse_parts"},
     "faithfulness": {"calls", "kernels.types", "modes", "module", "module_state", "stats"},
+    "report_html": {
+        "bench", "calibration", "faithfulness", "kernels.scale_factors", "methods", "module_state",
+        "version",
+    },
     "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip
 # Of other packages, what each part does without.
