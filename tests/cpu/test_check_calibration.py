@@ -122,7 +122,8 @@ def test_what_is_not_taken_says_so(calibrated):
         mtsa.check_calibration(calibrated, None, {"sample": 2})
     with pytest.raises(ArgumentTypeError, match="model"):
         mtsa.check_calibration(3)
-    for model in (tiny_llama(), mtsa.sparsify(tiny_llama(), SKIP)):
+    disabled = mtsa.disable_sparse_attention(copy.deepcopy(calibrated))
+    for model in (tiny_llama(), mtsa.sparsify(tiny_llama(), SKIP), disabled):
         with pytest.raises(ConfigError, match="an enabled module that is calibrated to skip"):
             mtsa.check_calibration(model, [source(10)])
 

@@ -93,7 +93,9 @@ def test_a_sparse_checkpoint_is_calibrated_anew_by_options(calibrated, tmp_path)
     assert [config.skip_softmax_threshold for config in found] == kept
 
 
-def test_a_files_calibration_counts_where_no_option_is_given(dense, tmp_path):
+def test_a_files_calibration_counts_where_no_option_is_given(dense, tmp_path, monkeypatch):
+    # It is calibrated once, on the text: nothing is made up.
+    monkeypatch.setattr(prompts_file, "make_task", None)
     rules = {
         "sparse_cfg": {"*layers.0.*": {"method": "triton_skip_softmax"}},
         "calibration": {"target_sparse_ratio": {"prefill": 0.2}, "samples": 3, "max_seqlen": 1024},
