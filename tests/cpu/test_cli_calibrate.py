@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,25 @@ def test_export_prints_and_writes_what_export_in_python_does(calibrated, tmp_pat
     assert run("export", folder, "--output", path, "--force").exit_code == 0
     assert [x.name for x in path.parent.iterdir()] == ["export.json"]
     assert json.loads(path.read_text()) == wanted
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["new", "force"])
+def test_an_interrupted_export_leaves_the_file_as_it_was(
+    is_there, calibrated, tmp_path, monkeypatch
+):
+    path = tmp_path / "export.json"
+    if is_there:
+        path.write_text("old")
+
+    def interrupted(self, text, **options):
+        self.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    done = run("export", calibrated[0], "--output", path, "--force")
+    assert failed(done, 130, "Interrupted")
+    assert [x.name for x in tmp_path.iterdir()] == ["export.json"] * is_there
+    assert not is_there or path.read_text() == "old"
 
 
 def test_export_into_a_checkpoint_is_read_by_engines_and_by_us(calibrated, dense, tmp_path):
