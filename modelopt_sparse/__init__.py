@@ -1,6 +1,8 @@
 """Sparse attention for Hugging Face models: ``mtsa.sparsify(model, mtsa.SKIP_SOFTMAX_TRITON_DEFAULT)``."""
 
 from . import modes
+from .calibration.check import check_calibration
+from .calibration.check_results import CalibrationCheck
 from .config import SparseAttentionConfig
 from .config.calibration import CalibrationConfig
 from .continuous_batching import continuous_batching
@@ -57,6 +59,7 @@ __all__ = [
     "SPARSE_SOFTMAX_DEFAULT",
     "ArgumentError",
     "ArgumentTypeError",
+    "CalibrationCheck",
     "CalibrationConfig",
     "Comparison",
     "ConfigError",
@@ -70,6 +73,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "calibrate",
+    "check_calibration",
     "compare",
     "continuous_batching",
     "disable_sparse_attention",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,3 +86,16 @@ def observed(observers: Mapping[SparseAttentionModule, Observer]) -> Iterator[No
     finally:
         for module, observer_before in before.items():
             module.observer = observer_before
+
+
+@contextmanager
+def counting_anew(modules: Iterable[SparseAttentionModule]) -> Iterator[None]:
+    """Has the modules count tiles from nothing in this block, and gives them their own counts back."""
+    before = {module: module.stats for module in modules}
+    try:
+        for module in before:
+            module.stats = AttentionStats()
+        yield
+    finally:
+        for module, stats in before.items():
+            module.stats = stats

@@ -212,10 +212,18 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], *args: Any, **kw
         raise FileNotFoundError(path)
     loaded = loader(path, *args, **kwargs)
     # With output_loading_info=True it comes in a tuple.
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    entry = {"mode": MODE_NAME, **take_block(model)}
-    restore_from_modelopt_state(model, {"state_version": STATE_VERSION, "modes": [entry]})
+    restore_from_block(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
+
+
+def restore_from_block(model: nn.Module) -> nn.Module:
+    """Makes a model sparse as the block in its configuration says. Returns the model.
+
+    Raises:
+        StateError: there is no block of this package, or it doesn't fit.
+    """
+    entry = {"mode": MODE_NAME, **take_block(model)}
+    return restore_from_modelopt_state(model, {"state_version": STATE_VERSION, "modes": [entry]})
 
 
 def _set_enabled(model: nn.Module, pattern: Pattern, enabled: bool) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, doctor, explain, quickstart, sparsify
+from . import bench, calibrate, doctor, evaluate, explain, export, quickstart, report, sparsify
 
 FAILED, INTERRUPTED = 2, 130
 
@@ -43,6 +43,10 @@ app = typer.Typer(
 )
 app.command("quickstart")(quickstart.command)
 app.command("sparsify")(sparsify.command)
+app.command("calibrate")(calibrate.command)
+app.command("eval")(evaluate.command)
+app.command("export")(export.command)
+app.command("report")(report.command)
 app.command("explain")(explain.command)
 app.command("doctor")(doctor.command)
 app.command("bench", **bench.SETTINGS)(bench.command)

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Folders and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -28,6 +28,25 @@ def check_output(folder: Path, force: bool) -> None:
         raise typer.BadParameter(
             f"--output: got {got}; takes a new or empty folder. Replace it with --force."
         )
+
+
+def check_output_file(path: Path, force: bool) -> None:
+    """Raises typer.BadParameter where something lies at `path` that shall not be replaced."""
+    if path.is_dir():
+        raise typer.BadParameter(f"--output: got the folder {str(path)!r}; takes a file.")
+    if path.exists() and not force:
+        got = f"{str(path)!r}, which is there already"
+        raise typer.BadParameter(f"--output: got {got}; takes a new file. Replace it with --force.")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, or leaves it as it was."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
 
 
 @contextmanager

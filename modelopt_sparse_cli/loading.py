@@ -11,6 +11,8 @@ from .reporting import waiting
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from modelopt_sparse import SparseAttentionConfig
+
 
 def import_libraries() -> None:
     """Imports torch and transformers, which takes seconds, and says so."""
@@ -30,6 +32,55 @@ def load_model(name: str) -> PreTrainedModel:
         # As it comes, in eval mode.
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     return model
+
+
+def load_sparse_model(name: str, config: SparseAttentionConfig | None) -> PreTrainedModel:
+    """The model, sparse: by `config`, or if there is none as its checkpoint says. On a GPU if there is one.
+
+    Raises:
+        ArgumentError: as `load_model`, or there is no configuration and the checkpoint isn't sparse.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import modelopt_sparse as mtsa
+
+    if config is None:
+        check_is_sparse(name)
+        with blaming(name):
+            sparse: PreTrainedModel = mtsa.from_pretrained(AutoModelForCausalLM, name, dtype="auto")
+        return on_gpu(sparse)
+    model = on_gpu(load_model(name))
+    with waiting("making it sparse"):
+        mtsa.sparsify(model, config)
+    return model
+
+
+def check_is_sparse(name: str) -> None:
+    """Raises ArgumentError unless the checkpoint says what it does, as `save_pretrained` of a sparse one."""
+    from modelopt_sparse.config.checkpoints import BLOCK_NAMES
+    from modelopt_sparse.errors import ArgumentError, describe
+    from modelopt_sparse.integrations.hf_checkpoint import is_ours
+
+    config = load_model_config(name)
+    if not any(is_ours(getattr(config, block, None)) for block in BLOCK_NAMES):
+        takes = "one that modelopt_sparse saved"
+        remedy = "Make it sparse with --preset or --config, or with `modelopt-sparse sparsify`."
+        raise ArgumentError(describe("MODEL", f"{name!r}, which isn't sparse", takes, remedy))
+
+
+def on_gpu(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, on the GPU if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        model.cuda()  # type: ignore[call-arg]  # transformers wraps it, and loses self
+    return model
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model takes; None where its configuration doesn't say."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 def load_model_config(name: str) -> PretrainedConfig:
@@ -58,10 +109,12 @@ def find_tokenizer(name: str) -> Any | None:
 @contextmanager
 def blaming(name: str) -> Iterator[None]:
     """What transformers finds wrong with a model in this block is an ArgumentError that names it."""
-    from modelopt_sparse.errors import ArgumentError, describe
+    from modelopt_sparse.errors import ArgumentError, SparseAttentionError, describe
 
     try:
         yield
+    except SparseAttentionError:
+        raise  # it says itself what is wrong
     except (OSError, ValueError, KeyError) as error:
         takes = "a folder or hub name of a causal language model that transformers can load"
         raise ArgumentError(describe("MODEL", repr(name), takes, str(error))) from error

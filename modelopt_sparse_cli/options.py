@@ -38,6 +38,20 @@ ConfigOption = Annotated[
         dir_okay=False,
     ),
 ]
+OutputFolder = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where to write it.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace the checkpoint or file that is there.")
+]
+TextOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Text of your own; give it as often as you have files. Made-up prompts if none.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
 JsonOption = Annotated[
     bool,
     typer.Option(
@@ -48,9 +62,15 @@ JsonOption = Annotated[
 
 def check_choice(preset: Preset | None, config: Path | None) -> None:
     """Raises typer.BadParameter unless one of the two is given."""
-    if (preset is None) == (config is None):
-        got = "neither" if preset is None else "both"
-        raise typer.BadParameter(f"got {got}; takes one of --preset and --config.")
+    check_not_both(preset, config)
+    if preset is None and config is None:
+        raise typer.BadParameter("got neither; takes one of --preset and --config.")
+
+
+def check_not_both(preset: Preset | None, config: Path | None) -> None:
+    """Raises typer.BadParameter if both are given."""
+    if preset is not None and config is not None:
+        raise typer.BadParameter("got both; takes one of --preset and --config.")
 
 
 def chosen_config(preset: Preset | None, config: Path | None) -> SparseAttentionConfig:
@@ -59,7 +79,21 @@ def chosen_config(preset: Preset | None, config: Path | None) -> SparseAttention
     Raises:
         ConfigError: what the file holds isn't one.
     """
+    check_choice(preset, config)
+    found = config_if_given(preset, config)
+    assert found is not None
+    return found
+
+
+def config_if_given(preset: Preset | None, config: Path | None) -> SparseAttentionConfig | None:
+    """The same, or None if neither is given.
+
+    Raises:
+        ConfigError: what the file holds isn't one.
+    """
     from modelopt_sparse import PRESETS, SparseAttentionConfig
 
-    check_choice(preset, config)
-    return PRESETS[preset] if preset is not None else SparseAttentionConfig.load(config)  # type: ignore[arg-type]
+    check_not_both(preset, config)
+    if preset is not None:
+        return PRESETS[preset]
+    return None if config is None else SparseAttentionConfig.load(config)

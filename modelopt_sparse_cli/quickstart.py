@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .comparison import Measure, compare
-from .loading import find_tokenizer, import_libraries, load_model
+from .loading import import_libraries, load_model, on_gpu
 from .options import MODEL_HELP, ConfigOption, JsonOption, Preset, PresetOption, chosen_config
 from .reporting import reporting
+from .texts import text_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,13 +59,10 @@ def command(
     name = str(BUNDLED) if model is None else model
     with reporting(as_json) as report:
         import_libraries()
-        import torch
-
         chosen = chosen_config(preset, config)
-        loaded = load_model(name)
-        if torch.cuda.is_available():
-            loaded.cuda()  # type: ignore[call-arg]  # transformers wraps it, and loses self
-        rows = text_windows(name, loaded, text, length, windows)
+        loaded = on_gpu(load_model(name))
+        words = python_sources(16 * windows * (length + 1)) if text is None else text.read_text()
+        rows = text_windows(name, loaded, words, length, windows)
         pieces = [partial(bits_per_token, loaded, row) for row in rows]
         measure = {"bits per token": Measure(pieces)}
         found = compare(loaded, chosen, measure, rows[0][:, :256])
@@ -81,33 +79,6 @@ def command(
         }
     if not found.is_restored:
         raise typer.Exit(1)
-
-
-def text_windows(
-    name: str, model: PreTrainedModel, text: Path | None, length: int, count: int
-) -> list[Tensor]:
-    """`count` windows of `length` + 1 tokens on the model's device, evenly over the text: [1, length + 1].
-
-    Raises:
-        ArgumentError: the model takes fewer tokens, has no tokenizer, or the text is too short.
-    """
-    from modelopt_sparse.errors import ArgumentError, describe
-
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise ArgumentError(describe("--length", length, f"at most {context} for this model"))
-    tokenizer = find_tokenizer(name)
-    if tokenizer is None:
-        raise ArgumentError(describe("MODEL", f"{name!r}, without a tokenizer", "one with it"))
-    words = python_sources(16 * count * (length + 1)) if text is None else text.read_text()
-    tokens = tokenizer(words, return_tensors="pt", verbose=False)["input_ids"]
-    spare = tokens.shape[1] - (length + 1)
-    if spare < 0:
-        remedy = "Give a longer --text, or a smaller --length."
-        got, takes = f"a text of {tokens.shape[1]} tokens", f"at least {length + 1}"
-        raise ArgumentError(describe("--text", got, takes, remedy))
-    starts = [spare * index // max(count - 1, 1) for index in range(count)]
-    return [tokens[:, start : start + length + 1].to(model.device) for start in starts]
 
 
 def bits_per_token(model: PreTrainedModel, row: Tensor) -> float:

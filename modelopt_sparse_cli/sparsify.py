@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from .folders import check_output, written_whole
-from .loading import find_tokenizer, import_libraries, load_model
+from .folders import check_output
+from .loading import import_libraries, load_model
 from .options import (
     ConfigOption,
+    ForceOption,
     JsonOption,
     ModelArgument,
+    OutputFolder,
     PresetOption,
     check_choice,
     chosen_config,
 )
 from .reporting import reporting
+from .saving import save_checkpoint, say_saved
 
 
 def command(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where to write it.")],
+    output: OutputFolder,
     preset: PresetOption = None,
     config: ConfigOption = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the checkpoint that is there.")
-    ] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint that `modelopt_sparse.from_pretrained` loads sparse, and others load dense.
@@ -44,20 +40,13 @@ def command(
         chosen = chosen_config(preset, config)
         sparse = load_model(model)
         mtsa.sparsify(sparse, chosen)
-        tokenizer = find_tokenizer(model)
-        with written_whole(output) as folder:
-            sparse.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+        has_tokenizer = save_checkpoint(sparse, model, output)
         mtsa.print_sparse_attention_summary(sparse, report.console)
-        if tokenizer is None:
-            report.console.print(f"{model} has no tokenizer, so none was saved.", soft_wrap=True)
-        call = f"modelopt_sparse.from_pretrained(AutoModelForCausalLM, {str(output)!r})"
-        report.console.print(f"Saved. Load with {call}", soft_wrap=True)
+        say_saved(report.console, model, output, has_tokenizer)
         report.document = {
             "model": model,
             "output": str(output),
             "config": chosen.to_dict(),
             "modules": module_states(sparse),
-            "has_tokenizer": tokenizer is not None,
+            "has_tokenizer": has_tokenizer,
         }

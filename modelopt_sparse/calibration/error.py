@@ -35,7 +35,7 @@ def _share_at(tallies: Sequence[Tally], error: float) -> float:
         float(np.mean([float(own.errors[1 + i].sum() / own.errors[0].sum()) for own in tallies]))
         for i in range(len(PROBES))
     ]
-    curve = Curve.of([own.histogram for own in tallies]))
+    curve = Curve.of([own.histogram for own in tallies])
     if squares[0] <= error**2:
         return TARGETS[-1]  # not even lambda 1 errs more
     inside = next((i for i, square in enumerate(squares) if square <= error**2), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,17 @@ def run_prompts(model: nn.Module, batches: Iterable[Any], config: CalibrationCon
     for batch in batches:
         ids, mask = _ids_and_mask(batch, next(model.parameters()).device)
         _run(model, ids, mask, config)
+
+
+def sequences(batch: Any, device: torch.device) -> Iterator[Tensor]:
+    """Token ids [1, n] of each sequence of a batch, without its padding.
+
+    Raises:
+        ArgumentTypeError: as `run_prompts`.
+    """
+    ids, mask = _ids_and_mask(batch, device)
+    for index, row in enumerate(ids):
+        yield (row if mask is None else row[mask[index].bool()])[None]
 
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor | None, config: CalibrationConfig) -> None:

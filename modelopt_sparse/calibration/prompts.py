@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,29 @@ from .tasks import make_task
 LEAST = 1024
 # Text is turned into tokens so much at a time: some tokenizers take time that grows with its square.
 _CHARACTERS = 4096
+# Parts of a file begin so far apart, of its length: by the golden ratio they fall between those before. With
+# another seed all are shifted, by what doesn't take one onto another.
+_NEXT, _APART = 0.618, 2**0.5 - 1
 
 
-def prompts(model: nn.Module, config: CalibrationConfig, seed: int = 0) -> Iterator[Tensor]:
+def prompts(
+    model: nn.Module,
+    config: CalibrationConfig,
+    seed: int = 0,
+    lengths: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
     """Token ids [1, n] of each sample: from `max_seqlen` tokens down by halves, and over again.
 
     Args:
-        seed: other ones give other samples.
+        lengths: other ones, one after another and over again.
+        seed: other ones give other samples; of files, parts that begin elsewhere.
 
     Raises:
         ConfigError: there is no tokenizer, or a file is too short.
         FileNotFoundError: a file isn't there.
     """
     tokenizer = _tokenizer(model, config.tokenizer)
-    lengths = [config.max_seqlen]
-    while lengths[-1] >= 2 * LEAST:
-        lengths.append(lengths[-1] // 2)
+    lengths = lengths or _halves(config.max_seqlen)
     for index in range(config.samples):
         # All lengths with one kind of task, or one file, before the next.
         turn, place = divmod(index, len(lengths))
@@ -50,10 +57,17 @@ def prompts(model: nn.Module, config: CalibrationConfig, seed: int = 0) -> Itera
         else:
             path = config.text_files[turn % len(config.text_files)]
             opening, question = _ids(tokenizer, ""), []
-            middle = _many(tokenizer, _parts(path, (seed + 0.618 * index) % 1.0))
+            middle = _many(tokenizer, _parts(path, (_NEXT * index + _APART * seed) % 1.0))
         wanted = length - len(opening) - len(question)
         ids = [*opening, *islice(middle, wanted), *question]
         yield torch.tensor([ids])
+
+
+def _halves(longest: int) -> list[int]:
+    lengths = [longest]
+    while lengths[-1] >= 2 * LEAST:
+        lengths.append(lengths[-1] // 2)
+    return lengths
 
 
 def _tokenizer(model: nn.Module, name: str | None) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, UnsupportedModel, describe
 from modelopt_sparse.kernels.types import Phase
 from modelopt_sparse.modes.apply import check_model
-from modelopt_sparse.module import SparseAttentionModule, observed
+from modelopt_sparse.module import SparseAttentionModule, counting_anew, observed
 from modelopt_sparse.module_state import sparse_modules
-from modelopt_sparse.stats import AttentionStats
 
 from .batches import Batch
 from .probe import Probe
@@ -63,7 +61,7 @@ def compare(
         raise ArgumentError(describe("confidence", repr(confidence), "a float between 0 and 1"))
     probes = {module: Probe() for module in modules.values()}
     sequences: list[TokenScores] = []
-    with _counting_anew(modules.values()):
+    with counting_anew(modules.values()):
         for index, batch in enumerate(inputs):
             sequences += _scores(model, probes, Batch.of(f"inputs[{index}]", batch))
         if not sequences:
@@ -100,19 +98,6 @@ def _enabled_modules(model: nn.Module) -> dict[str, SparseAttentionModule]:
         remedy = "Call model.eval() first."
         raise ArgumentError(describe("model", "one in training mode", "one in eval mode", remedy))
     return modules
-
-
-@contextmanager
-def _counting_anew(modules: Iterable[SparseAttentionModule]) -> Iterator[None]:
-    """Has the modules count tiles from nothing in this block, and gives them their own counts back."""
-    before = {module: module.stats for module in modules}
-    try:
-        for module in before:
-            module.stats = AttentionStats()
-        yield
-    finally:
-        for module, stats in before.items():
-            module.stats = stats
 
 
 def _scores(

@@ -22,15 +22,27 @@ def _tokens(comparison: Comparison) -> Table:
     of = "sequences" if number > 1 else "blocks of the sequence"
     caption = f"Intervals over {comparison.clusters:,} {of}, last one over tokens"
     table = Table(title=title, caption=caption)
-    table.add_column("next token")
-    table.add_column("mean", justify="right")
-    table.add_column(f"{100 * comparison.confidence:.4g} % interval", justify="right")
-    table.add_row("bits per token, dense", f"{comparison.dense_bits:.4f}", "")
-    table.add_row("bits per token, sparse", f"{comparison.sparse_bits:.4f}", "")
-    table.add_row("difference", *_estimate(comparison.bits_difference, "+.4f"))
-    table.add_row("KL(dense || sparse), bits", *_estimate(comparison.kl_bits, ".4g"))
-    table.add_row("same most likely token", *_estimate(comparison.agreement, ".2%"))
+    for index, heading in enumerate(token_headings(comparison)):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in token_rows(comparison):
+        table.add_row(*row)
     return table
+
+
+def token_headings(comparison: Comparison) -> tuple[str, ...]:
+    """Those of `token_rows`."""
+    return "next token", "mean", f"{100 * comparison.confidence:.4g} % interval"
+
+
+def token_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """What the tokens say, in words."""
+    return [
+        ("bits per token, dense", f"{comparison.dense_bits:.4f}", ""),
+        ("bits per token, sparse", f"{comparison.sparse_bits:.4f}", ""),
+        ("difference", *_estimate(comparison.bits_difference, "+.4f")),
+        ("KL(dense || sparse), bits", *_estimate(comparison.kl_bits, ".4g")),
+        ("same most likely token", *_estimate(comparison.agreement, ".2%")),
+    ]
 
 
 def _modules(comparison: Comparison) -> Table:

@@ -68,7 +68,10 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("command", ["", "quickstart", "sparsify", "explain", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "quickstart", "sparsify", "calibrate", "eval", "report", "export", "explain", "doctor"],
+)
 def test_help_imports_nothing_heavy(command):
     done = started(HELP, *filter(None, [command]), "--help")
     assert "Usage: modelopt-sparse" in done.stdout, done.stderr

@@ -19,8 +19,8 @@ PACKAGE = ROOT.name
 # Every part may import itself, and `errors`.
 ALLOWED: dict[str, set[str]] = {
     "": {
-        "config", "continuous_batching", "export", "faithfulness", "integrations", "methods", "models",
-        "modes", "module", "presets", "report", "sparse_mode", "thresholds", "version",
+        "calibration", "config", "continuous_batching", "export", "faithfulness", "integrations",
+        "methods", "models", "modes", "module", "presets", "report", "sparse_mode", "thresholds", "version",
     },
     "__main__": set(),
     "errors": set(),
@@ -53,12 +53,18 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"integrations", "methods", "modes", "module", "module_state", "stats"},
     "export": {"methods", "models", "modes", "module", "module_state"},
-    "calibration": {"calls", "config", "kernels", "methods", "module"},
+    "calibration": {
+        "calls", "config", "kernels", "methods", "modes", "module", "module_state",
+    },
     "sparse_parts": {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
     },
     "thresholds": {"calibration", "config", "methods", "module", "patterns", "sparse_parts"},
     "faithfulness": {"calls", "kernels.types", "modes", "module", "module_state", "stats"},
+    "report_html": {
+        "bench", "calibration", "faithfulness", "kernels.scale_factors", "methods", "module_state",
+        "version",
+    },
     "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip
 # Of other packages, what each part does without.

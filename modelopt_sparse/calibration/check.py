@@ -1,0 +1,134 @@
+"""Whether a calibrated model skips what it is asked to: target against achieved, by phase and length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelopt_sparse.config.calibration import CalibrationConfig
+from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, ConfigError, describe
+from modelopt_sparse.methods.calibrated import (
+    PHASES,
+    CalibratedThreshold,
+    PhaseName,
+    SkipSoftmaxConfig,
+)
+from modelopt_sparse.modes.apply import check_model
+from modelopt_sparse.module import SparseAttentionModule, counting_anew
+from modelopt_sparse.module_state import sparse_modules
+
+from .check_results import CalibrationCheck, CheckRow
+from .loop import run_prompts, sequences
+from .prompts import prompts
+
+HELD_OUT = 1
+"""The seed of prompts that `calibrate` doesn't make."""
+
+Shares = dict[tuple[PhaseName, SparseAttentionModule], float]
+
+
+@torch.no_grad()
+def check_calibration(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]] | None = None,
+    config: CalibrationConfig | Mapping[str, Any] | None = None,
+) -> CalibrationCheck:
+    """Runs a calibrated model and counts, by phase and length, the tiles that it skips.
+
+    Each sequence runs alone, as the model is: a prompt, and the tokens that the model writes after it.
+    Sequences shorter than ``min_context`` are dense, and have no row. The model's statistics stay as they
+    were.
+
+    Args:
+        model: a sparse model whose thresholds were calibrated. Modules and phases that are disabled, have a
+            fixed lambda or a target of 0 aren't counted.
+        batches: token ids [B, n], or mappings with ``input_ids`` and, where there is padding, an
+            ``attention_mask``. They are taken one by one, so progress can be shown around them. None: prompts
+            that `config` describes, and that `calibrate` doesn't make: other tasks, or other parts of the
+            files, which overlap those where files are short.
+        config: as `calibrate` takes it. Of its fields, those that say what to aim at don't matter.
+    Returns:
+        A row for each phase and length of prompts.
+    Raises:
+        ConfigError: no enabled module is calibrated, or the configuration isn't taken.
+        ArgumentError, ArgumentTypeError: not a model; a batch isn't what is taken; or no tiles were counted,
+            for there are no batches, sequences are too short, or the model runs another attention.
+    """
+    check_model(model)
+    chosen = CalibrationConfig() if config is None else CalibrationConfig.load(config)
+    if isinstance(batches, Tensor | Mapping | str | Callable) or (
+        batches is not None and not isinstance(batches, Iterable)
+    ):
+        takes = "an iterable of batches, or None"
+        remedy = "Put a single batch in a list."
+        raise ArgumentTypeError(describe("batches", repr(batches)[:100], takes, remedy))
+    targets = _targets(model)
+    modules = {module for _, module in targets}
+    counted: dict[tuple[PhaseName, int], Tensor] = {}
+    given = prompts(model, chosen, HELD_OUT) if batches is None else batches
+    for ids in _sequences(model, given):
+        with counting_anew(modules):
+            run_prompts(model, [ids], chosen)
+            for phase, tiles in _tiles(targets).items():
+                place = phase, ids.shape[1]
+                counted[place] = counted.get(place, torch.zeros_like(tiles)) + tiles
+    if not counted:
+        takes = (
+            "sequences of min_context keys or more, and a model whose attention is modelopt_triton"
+        )
+        raise ArgumentError(describe("batches", "none that a calibrated module skips in", takes))
+    return CalibrationCheck(
+        rows=tuple(
+            _row(phase, length, counted[phase, length])
+            for phase, length in sorted(counted, key=lambda key: (PHASES.index(key[0]), key[1]))
+        )
+    )
+
+
+def _targets(model: nn.Module) -> Shares:
+    """The shares of tiles that enabled modules are to skip, where they are calibrated to skip any."""
+    found: Shares = {}
+    for _, module in sparse_modules(model):
+        config = module.method.config
+        for phase in PHASES if module.enabled and isinstance(config, SkipSoftmaxConfig) else ():
+            threshold = config.threshold(phase)
+            if isinstance(threshold, CalibratedThreshold) and threshold.target_sparsity:
+                found[phase, module] = threshold.target_sparsity
+    if not found:
+        remedy = "Call modelopt_sparse.calibrate, with a target above 0."
+        takes = "one with an enabled module that is calibrated to skip"
+        raise ConfigError(describe("model", "none", takes, remedy))
+    return found
+
+
+def _sequences(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield from sequences(batch, device)
+
+
+def _tiles(targets: Shares) -> dict[PhaseName, Tensor]:
+    """By phase: one sequence, tiles visible, to be skipped, and skipped, float64 [4], of all modules."""
+    found: dict[PhaseName, Tensor] = {}
+    for (phase, module), target in targets.items():
+        counts = getattr(module.stats, phase).counts
+        if counts is None:
+            continue
+        visible, skipped = int(counts.visible.sum()), int(counts.skipped[0].sum())
+        tiles = torch.tensor([0, visible, target * visible, skipped], dtype=torch.float64)
+        found[phase] = found.get(phase, torch.tensor([1.0, 0, 0, 0]).double()) + tiles
+    return found
+
+
+def _row(phase: PhaseName, length: int, tiles: Tensor) -> CheckRow:
+    ran, visible, wanted, skipped = tiles.tolist()
+    return CheckRow(
+        phase=phase,
+        length=length,
+        sequences=int(ran),
+        target=wanted / visible,
+        achieved=skipped / visible,
+    )

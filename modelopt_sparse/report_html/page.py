@@ -1,0 +1,100 @@
+"""The page: what the model does, what that costs, and what was measured elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import Element
+
+from torch import nn
+
+from modelopt_sparse.calibration.check_results import CalibrationCheck
+from modelopt_sparse.faithfulness.results import Comparison
+from modelopt_sparse.module_state import module_states
+from modelopt_sparse.version import __version__
+
+from .elements import document, el
+from .heat_map import heat_map
+from .sections import calibration, quality, speed
+
+if TYPE_CHECKING:
+    from modelopt_sparse.bench.run import Row
+
+STYLE = """
+body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #ffffff }
+main { max-width: 60rem; margin: 0 auto; padding: 1.5rem }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #dddddd }
+.wide { overflow-x: auto }
+table { border-collapse: collapse }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eeeeee }
+th { text-align: left; font-weight: 600 }
+figure { margin: 1rem 0 }
+figcaption, footer { color: #555555 }
+svg text { font: 11px system-ui, sans-serif }
+pre { overflow-x: auto; background: #f6f6f6; padding: 1rem }
+"""
+
+Stats = Mapping[str, Mapping[str, Any]]
+
+
+def html_report(
+    model: nn.Module,
+    name: str,
+    comparison: Comparison,
+    stats: Stats,
+    *,
+    check: CalibrationCheck | None = None,
+    bench: tuple[Mapping[str, Any], Sequence[Row]] | None = None,
+) -> str:
+    """One HTML file that asks for no other, on a sparse model.
+
+    Args:
+        model: as it was when the rest was measured.
+        name: what to call it.
+        comparison: from `modelopt_sparse.compare`.
+        stats: from `modelopt_sparse.get_stats`.
+        check: from `modelopt_sparse.check_calibration`, of a calibrated model.
+        bench: from `modelopt_sparse.bench.report.load`.
+    """
+    states = json.dumps(module_states(model), indent=2)
+    skipped = "no tiles were counted"
+    if comparison.sparsity is not None:
+        skipped = f"{comparison.sparsity:.1%} of tiles skipped"
+    bits = f"{comparison.dense_bits:.4f} bits per token dense, {comparison.sparse_bits:.4f} sparse"
+    said = f"{comparison.tokens:,} tokens, {len(comparison.modules)} modules: {skipped}, {bits}."
+    return document(
+        f"Sparse attention: {name}",
+        STYLE,
+        el("h1", f"Sparse attention: {name}"),
+        el("p", said),
+        el("h2", "Quality"),
+        quality(comparison),
+        el("h2", "By layer and head"),
+        *_heat_maps(comparison, stats),
+        *calibration(model, check),
+        *([] if bench is None else speed(*bench)),
+        el("h2", "Configuration"),
+        el("details", el("summary", "What each module does"), el("pre", states)),
+        el("footer", el("p", f"modelopt_sparse {__version__}")),
+    )
+
+
+def _heat_maps(comparison: Comparison, stats: Stats) -> list[Element]:
+    found = []
+    for phase in ("prefill", "decode"):
+        skipped = {
+            name: [s / max(v, 1) for s, v in zip(own["skipped"], own["visible"], strict=True)]
+            for name, entry in stats.items()
+            if (own := entry[phase]) is not None
+        }
+        if skipped:
+            found.append(heat_map(f"Tiles skipped in {phase}", skipped))
+        errors = {
+            name: own.relative_error.heads
+            for name, module in comparison.modules.items()
+            if (own := getattr(module, phase)) is not None
+        }
+        if errors:
+            found.append(heat_map(f"Error of the attention output in {phase}", errors))
+    return found

@@ -1,0 +1,181 @@
+"""``modelopt-sparse calibrate``: a checkpoint that skips the share of tiles that is asked for."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .fitted import fitted_thresholds, table_of
+from .folders import check_output
+from .loading import context_of, import_libraries, load_sparse_model
+from .options import (
+    ConfigOption,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    OutputFolder,
+    PresetOption,
+    TextOption,
+    check_not_both,
+    config_if_given,
+)
+from .reporting import progress, reporting
+from .saving import save_checkpoint, say_saved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from modelopt_sparse import CalibrationConfig
+
+
+class ThresholdsFor(StrEnum):
+    """What has thresholds of its own."""
+
+    model = "model"
+    layer = "layer"
+    head = "head"
+
+
+class Form(StrEnum):
+    """What runs."""
+
+    table = "table"
+    formula = "formula"
+
+
+def _share(name: str, help: str) -> Any:
+    return typer.Option(name, help=help, min=0.0, max=1.0, metavar="SHARE")
+
+
+def command(
+    model: ModelArgument,
+    output: OutputFolder,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    target: Annotated[
+        float | None,
+        _share("--target-sparsity", "Tiles to skip, of those visible, in both phases; else 0.5."),
+    ] = None,
+    prefill: Annotated[
+        float | None, _share("--prefill-sparsity", "The same in prefill; 0 is dense.")
+    ] = None,
+    decode: Annotated[
+        float | None, _share("--decode-sparsity", "The same in decode; 0 is dense.")
+    ] = None,
+    thresholds_for: Annotated[
+        ThresholdsFor | None,
+        typer.Option(help="What has a threshold of its own; else model: one for all modules."),
+    ] = None,
+    form: Annotated[
+        Form | None,
+        typer.Option(help="What runs: the measured table; or the formula, which engines read."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Prompts; else 12.", min=1)] = None,
+    max_seqlen: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the longest prompt; else 8192, or what the model takes."),
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Prompts run in chunks of so many tokens; else whole.")
+    ] = None,
+    num_decode_tokens: Annotated[
+        int | None, typer.Option(help="Tokens written after each prompt; else 8.", min=1)
+    ] = None,
+    text: TextOption = None,
+    check: Annotated[
+        bool, typer.Option(help="Measure on other prompts what is skipped now.")
+    ] = True,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the thresholds by which a model skips a share of tiles, and write a checkpoint with them.
+
+    Takes --preset or --config, or a checkpoint that is sparse already. A `calibration` in the configuration
+    counts where no option is given. The folder is written whole or not at all.
+    """
+    check_not_both(preset, config)
+    check_output(output, force)
+    given = {
+        "target_sparse_ratio": _targets(target, prefill, decode),
+        "thresholds_for": thresholds_for and thresholds_for.value,
+        "form": form and form.value,
+        "samples": samples,
+        "max_seqlen": max_seqlen,
+        "chunk_size": chunk_size,
+        "num_decode_tokens": num_decode_tokens,
+        "text_files": tuple(map(str, text)) if text else None,
+    }
+    with reporting(as_json) as report:
+        import_libraries()
+        import modelopt_sparse as mtsa
+        from modelopt_sparse.calibration.check import HELD_OUT
+        from modelopt_sparse.calibration.prompts import prompts
+        from modelopt_sparse.module_state import module_states
+
+        chosen = config_if_given(preset, config)
+        in_file = None if chosen is None else chosen.calibration
+        if chosen is not None:
+            chosen = chosen.model_copy(update={"calibration": None})  # that comes below
+        sparse = load_sparse_model(model, chosen)
+        aim = _calibration(sparse, in_file, given)
+        count: Any = {"total": aim.samples}
+        with progress() as bar:
+            data = bar.track(prompts(sparse, aim), description="calibrating", **count)
+            mtsa.calibrate(sparse, aim, data)
+            found = None
+            if check:
+                data = bar.track(prompts(sparse, aim, HELD_OUT), description="checking   ", **count)
+                found = mtsa.check_calibration(sparse, data, aim)
+        fitted = fitted_thresholds(sparse)
+        report.console.print(table_of(fitted))
+        if found is not None:
+            found.print(report.console)
+        has_tokenizer = save_checkpoint(sparse, model, output)
+        say_saved(report.console, model, output, has_tokenizer)
+        report.document = {
+            "model": model,
+            "output": str(output),
+            "calibration": aim.model_dump(mode="json"),
+            "thresholds": fitted,
+            "check": None if found is None else found.to_dict()["rows"],
+            "modules": module_states(sparse),
+            "has_tokenizer": has_tokenizer,
+        }
+
+
+def _targets(
+    both: float | None, prefill: float | None, decode: float | None
+) -> float | dict[str, float] | None:
+    phases = {"prefill": prefill, "decode": decode}
+    by_phase = {phase: share for phase, share in phases.items() if share is not None}
+    if both is not None and by_phase:
+        takes = "it, or one or both of --prefill-sparsity and --decode-sparsity"
+        raise typer.BadParameter(f"--target-sparsity: got it and one of a phase; takes {takes}.")
+    return both if both is not None else by_phase or None
+
+
+def _calibration(
+    model: PreTrainedModel, in_file: CalibrationConfig | None, given: dict[str, Any]
+) -> CalibrationConfig:
+    """What is asked for: by options, then by the file, then by default.
+
+    Raises:
+        ArgumentError: prompts are longer than what the model takes.
+        ConfigError: a value isn't taken.
+    """
+    from modelopt_sparse import CalibrationConfig
+    from modelopt_sparse.errors import ArgumentError, describe
+
+    fields = {} if in_file is None else in_file.model_dump(exclude_unset=True)
+    fields |= {name: value for name, value in given.items() if value is not None}
+    aim = CalibrationConfig.load(fields)
+    context = context_of(model)
+    if context is None or aim.max_seqlen + aim.num_decode_tokens <= context:
+        return aim
+    most = context - aim.num_decode_tokens
+    if "max_seqlen" in fields:
+        takes = f"at most {most} for this model, with the tokens that it writes"
+        raise ArgumentError(describe("--max-seqlen", aim.max_seqlen, takes))
+    return CalibrationConfig.load({**fields, "max_seqlen": most})

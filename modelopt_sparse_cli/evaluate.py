@@ -1,0 +1,93 @@
+"""``modelopt-sparse eval``: a model dense and sparse on text of the user's, and how far apart the two are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .loading import import_libraries, load_sparse_model
+from .options import (
+    ConfigOption,
+    JsonOption,
+    ModelArgument,
+    PresetOption,
+    TextOption,
+    check_not_both,
+    config_if_given,
+)
+from .reporting import progress, reporting
+from .texts import check_length, text_windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from modelopt_sparse import Comparison
+
+LengthOption = Annotated[
+    int, typer.Option("--length", help="Tokens of each window or prompt.", min=128)
+]
+SamplesOption = Annotated[
+    int, typer.Option("--samples", help="Windows of each file, or made-up prompts.", min=1)
+]
+
+
+def command(
+    model: ModelArgument,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    text: TextOption = None,
+    length: LengthOption = 2048,
+    samples: SamplesOption = 4,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a model dense and sparse: bits per token, KL and agreement with intervals; error by module.
+
+    Takes --preset or --config, or a checkpoint that is sparse already.
+    """
+    check_not_both(preset, config)
+    with reporting(as_json) as report:
+        import_libraries()
+        sparse = load_sparse_model(model, config_if_given(preset, config))
+        found = compared(model, sparse, text or (), length, samples)
+        found.print(report.console)
+        report.document = {"model": model, "length": length, **found.to_dict()}
+
+
+def compared(
+    name: str, model: PreTrainedModel, texts: Sequence[Path], length: int, samples: int
+) -> Comparison:
+    """`modelopt_sparse.compare` on windows of the texts, or on made-up prompts, with a bar.
+
+    Raises:
+        ArgumentError, ConfigError: as `token_batches`, or nothing in the model is sparse.
+    """
+    import modelopt_sparse as mtsa
+
+    batches = token_batches(name, model, texts, length, samples)
+    with progress() as bar:
+        return mtsa.compare(model, bar.track(batches, description="dense and sparse"))
+
+
+def token_batches(
+    name: str, model: PreTrainedModel, texts: Sequence[Path], length: int, samples: int
+) -> list[Tensor]:
+    """Token ids [1, n] on the model's device.
+
+    Raises:
+        ArgumentError: the model takes fewer tokens or has no tokenizer, or a text is too short.
+        ConfigError: there is no tokenizer for made-up prompts.
+    """
+    from modelopt_sparse import CalibrationConfig
+    from modelopt_sparse.calibration.check import HELD_OUT
+    from modelopt_sparse.calibration.prompts import prompts
+
+    if texts:
+        windows = [text_windows(name, model, path.read_text(), length, samples) for path in texts]
+        return [ids for each in windows for ids in each]
+    check_length(model, length)
+    made = CalibrationConfig(samples=samples, tokenizer=name)
+    return [ids.to(model.device) for ids in prompts(model, made, HELD_OUT, [length])]

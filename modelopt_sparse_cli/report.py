@@ -1,0 +1,109 @@
+"""``modelopt-sparse report``: what a sparse model does and what that costs, as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .evaluate import LengthOption, SamplesOption, token_batches
+from .folders import check_output_file, write_whole
+from .loading import import_libraries, load_sparse_model
+from .options import (
+    ConfigOption,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    PresetOption,
+    TextOption,
+    check_not_both,
+    config_if_given,
+)
+from .reporting import progress, reporting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from modelopt_sparse import CalibrationCheck
+
+
+def command(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="Where to write it.")],
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    text: TextOption = None,
+    length: LengthOption = 2048,
+    samples: SamplesOption = 4,
+    bench: Annotated[
+        Path | None,
+        typer.Option(
+            "--bench",
+            metavar="FILE",
+            help="Times to show: what `bench --json` wrote.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one HTML file: tiles skipped and error by layer and head, calibration, quality, speed.
+
+    Takes --preset or --config, or a checkpoint that is sparse already. The file needs no other, and is
+    written whole or not at all.
+    """
+    check_not_both(preset, config)
+    check_output_file(output, force)
+    with reporting(as_json) as report:
+        import_libraries()
+        import modelopt_sparse as mtsa
+        from modelopt_sparse.calibration.loop import run_prompts
+        from modelopt_sparse.report_html import html_report
+
+        times = None if bench is None else _times(bench)
+        sparse = load_sparse_model(model, config_if_given(preset, config))
+        batches = token_batches(model, sparse, text or (), length, samples)
+        with progress() as bar:
+            found = mtsa.compare(sparse, bar.track(batches, description="dense and sparse"))
+            mtsa.reset_stats(sparse)
+            run_prompts(
+                sparse, bar.track(batches, description="with decode"), mtsa.CalibrationConfig()
+            )
+            stats = mtsa.get_stats(sparse)
+            check = _check(sparse, batches, bar)
+        page = html_report(sparse, model, found, stats, check=check, bench=times)
+        write_whole(output, page)
+        report.console.print(f"Written: {output}", soft_wrap=True)
+        report.document = {
+            "model": model,
+            "output": str(output),
+            "comparison": found.to_dict(),
+            "check": None if check is None else check.to_dict()["rows"],
+        }
+
+
+def _check(model: PreTrainedModel, batches: list[Tensor], bar: Any) -> CalibrationCheck | None:
+    """Target against achieved on the same prompts, whole and halved twice; None if nothing is calibrated."""
+    import modelopt_sparse as mtsa
+
+    from .fitted import fitted_thresholds
+
+    if not any(row["target"] for row in fitted_thresholds(model)):
+        return None
+    parts = [ids[:, : ids.shape[1] >> halved] for halved in range(3) for ids in batches]
+    return mtsa.check_calibration(model, bar.track(parts, description="target against achieved"))
+
+
+def _times(path: Path) -> Any:
+    from modelopt_sparse.bench.report import load
+
+    try:
+        return load(path)
+    except (ValueError, TypeError, KeyError) as error:
+        takes = "what `modelopt-sparse bench --json` wrote"
+        raise typer.BadParameter(
+            f"--bench: got {str(path)!r} ({error!r}); takes {takes}."
+        ) from None

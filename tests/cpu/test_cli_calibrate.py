@@ -1,0 +1,276 @@
+"""The commands that calibrate, compare and export: what they print and write, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modelopt_sparse as mtsa
+from modelopt_sparse.calibration import prompts as prompts_file
+from modelopt_sparse.module_state import sparse_modules
+from tests.cpu.test_calibrate import LAYERS, MODEL, dense_model, source
+from tests.cpu.test_cli import ROOT, failed, run
+from tests.cpu.tiny import tiny_llama
+
+QUICK = "--samples", 2, "--max-seqlen", 1024, "--num-decode-tokens", 2
+TEXT = ROOT / "README.md"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """The first layers of the bundled model, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("dense")
+    model = dense_model()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(dense, tmp_path_factory):
+    """What the command writes, and its document."""
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    preset = "--preset", "skip_softmax", "--target-sparsity", 0.25
+    done = run("calibrate", dense, "--output", out, *preset, *QUICK, "--json")
+    assert done.exit_code == 0, done.output
+    return out, json.loads(done.stdout)
+
+
+def thresholds(folder):
+    model = mtsa.from_pretrained(AutoModelForCausalLM, folder)
+    return [module.method.config for _, module in sparse_modules(model)]
+
+
+# calibrate
+
+
+def test_what_calibrate_writes_is_what_calibrate_in_python_does(calibrated, dense):
+    out, document = calibrated
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    mtsa.sparsify(model, mtsa.SKIP_SOFTMAX_TRITON_DEFAULT)
+    aim = {"samples": 2, "max_seqlen": 1024, "num_decode_tokens": 2, "target_sparse_ratio": 0.25}
+    mtsa.calibrate(model, aim)
+    wanted = [module.method.config for _, module in sparse_modules(model)]
+    assert thresholds(out) == wanted
+    assert document["check"] == mtsa.check_calibration(model, None, aim).to_dict()["rows"]
+    assert document["has_tokenizer"] and (out / "tokenizer.json").is_file()
+
+
+def test_it_says_what_was_fitted_and_what_is_achieved_on_other_prompts(calibrated):
+    _, document = calibrated
+    prefill, decode = document["thresholds"]
+    assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
+    assert len(prefill["modules"]) == LAYERS and prefill["lengths"] == [512, 1024]
+    assert prefill["formula"]["a"] > 0 and 0 <= prefill["formula"]["worst_error"] < 100
+    for row in document["check"]:
+        assert row["length"] == 1024 and row["target"] == pytest.approx(0.25)
+        assert row["achieved"] == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_sparse_checkpoint_is_calibrated_anew_by_options(calibrated, tmp_path):
+    options = (
+        "--decode-sparsity",
+        0.4,
+        "--thresholds-for",
+        "layer",
+        "--form",
+        "formula",
+        "--no-check",
+    )
+    done = run("calibrate", calibrated[0], "--output", tmp_path / "new", *options, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert "the formula" in done.stdout and "model.layers.2.self_attn" in done.stdout
+    assert "achieved" not in done.stdout and "Saved. Load with" in done.stdout
+    found = thresholds(tmp_path / "new")
+    decode = [config.skip_softmax_decode_threshold for config in found]
+    assert len(set(decode)) == LAYERS and {(x.table, x.target_sparsity) for x in decode} == {
+        (None, 0.4)
+    }
+    kept = [config.skip_softmax_threshold for config in thresholds(calibrated[0])]
+    assert [config.skip_softmax_threshold for config in found] == kept
+
+
+def test_a_files_calibration_counts_where_no_option_is_given(dense, tmp_path, monkeypatch):
+    # It is calibrated once, on the text: nothing is made up.
+    monkeypatch.setattr(prompts_file, "make_task", None)
+    rules = {
+        "sparse_cfg": {"*layers.0.*": {"method": "triton_skip_softmax"}},
+        "calibration": {"target_sparse_ratio": {"prefill": 0.2}, "samples": 3, "max_seqlen": 1024},
+    }
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    (tmp_path / "text.txt").write_text(TEXT.read_text())
+    options = "--config", tmp_path / "rules.json", "--text", tmp_path / "text.txt"
+    done = run("calibrate", dense, "--output", tmp_path / "o", *options, "--samples", 2, "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    aim = document["calibration"]
+    assert aim["target_sparse_ratio"] == {"prefill": 0.2} and aim["samples"] == 2
+    assert aim["text_files"] == [str(tmp_path / "text.txt")]
+    assert [(row["phase"], row["length"]) for row in document["check"]] == [("prefill", 1024)]
+    assert list(document["modules"]) == ["model.layers.0.self_attn"]
+
+
+def test_heads_have_tables_and_no_formula(dense, tmp_path):
+    options = "--preset", "skip_softmax", "--thresholds-for", "head", "--prefill-sparsity", 0.2
+    quick = "--samples", 1, "--max-seqlen", 1024, "--no-check"
+    done = run("calibrate", dense, "--output", tmp_path / "o", *options, *quick)
+    assert done.exit_code == 0, done.output
+    assert "a table, 512 to 1,024 keys, by head" in done.stdout
+    assert failed(run("export", tmp_path / "o"), 2, "a table without a formula")
+
+
+@pytest.mark.parametrize("moment", ["calibrating", "checking"])
+def test_an_interrupted_calibration_leaves_nothing(moment, dense, tmp_path, monkeypatch):
+    make, seeds = prompts_file.make_task, []
+
+    def interrupted(kind, seed):
+        seeds.append(seed)
+        if seed.startswith("0/1" if moment == "calibrating" else "1/1"):
+            raise KeyboardInterrupt
+        return make(kind, seed)
+
+    monkeypatch.setattr(prompts_file, "make_task", interrupted)
+    options = "--preset", "skip_softmax", *QUICK
+    assert failed(run("calibrate", dense, "--output", tmp_path / "o", *options), 130, "Interrupted")
+    assert seeds[-1] == ("0/1" if moment == "calibrating" else "1/1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_calibrate_does_not_take(dense, tmp_path):
+    arguments = "calibrate", dense, "--output", tmp_path / "o"
+    preset = "--preset", "skip_softmax"
+    assert failed(run(*arguments, *QUICK), 2, "which isn't sparse", "--preset or --config")
+    both = "--target-sparsity", 0.5, "--prefill-sparsity", 0.5
+    assert failed(run(*arguments, *preset, *both), 2, "--target-sparsity: got it and one")
+    assert failed(run(*arguments, *preset, "--max-seqlen", 8192), 2, "at most 8184")
+    assert failed(run(*arguments, *preset, "--max-seqlen", 100), 2, "calibration.max_seqlen")
+    assert failed(run(*arguments, *preset, "--target-sparsity", 1), 2, "target_sparse_ratio")
+    assert failed(run(*arguments, "--preset", "sparse_softmax", *QUICK), 2, "methods that skip")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("")
+    mine = "--output", tmp_path / "mine"
+    assert failed(run("calibrate", dense, *preset, *mine), 2, "other things than a checkpoint")
+    assert not (tmp_path / "o").exists()
+
+
+# eval
+
+
+def test_eval_is_compare_on_windows_of_the_texts(calibrated, tmp_path):
+    (tmp_path / "a.txt").write_text("a b c " * 300)
+    options = "--text", TEXT, "--text", tmp_path / "a.txt", "--length", 600, "--samples", 2
+    done = run("eval", calibrated[0], *options, "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    batches = []
+    for path in (TEXT, tmp_path / "a.txt"):
+        ids = tokenizer(path.read_text(), return_tensors="pt", verbose=False)["input_ids"]
+        batches += [ids[:, :601], ids[:, -601:]]
+    wanted = mtsa.compare(mtsa.from_pretrained(AutoModelForCausalLM, calibrated[0]), batches)
+    assert document["sequences"] == 4 and document["tokens"] == 4 * 600
+    assert {name: document[name] for name in wanted.to_dict()} == wanted.to_dict()
+
+
+def test_eval_of_a_dense_checkpoint_on_made_up_prompts(dense):
+    options = "--preset", "skip_softmax", "--length", 300, "--samples", 2
+    done = run("eval", dense, *options)
+    assert done.exit_code == 0, done.output
+    assert "598 tokens of 2 sequences" in done.stdout and "bits per token" in done.stdout
+    assert "model.layers.2.self_attn" in done.stdout
+
+
+def test_what_eval_does_not_take(dense, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    preset = "--preset", "skip_softmax"
+    assert failed(run("eval", dense), 2, "which isn't sparse")
+    assert failed(run("eval", dense, *preset, "--length", 9000), 2, "at most 8192")
+    done = run("eval", dense, *preset, "--text", tmp_path / "short.txt")
+    assert failed(done, 2, "a smaller --length")
+    done = run("eval", dense, *preset, "--text", tmp_path / "no.txt")
+    assert failed(done, 2, "no.txt")
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    assert failed(run("eval", tmp_path / "tiny", *preset, "--length", 200), 2, "tokenizer")
+
+
+# export
+
+
+def test_export_prints_and_writes_what_export_in_python_does(calibrated, tmp_path):
+    folder = calibrated[0]
+    model = mtsa.from_pretrained(AutoModelForCausalLM, folder)
+    wanted = mtsa.export_sparse_attention_config(model)
+    for options in ((), ("--json",)):
+        assert json.loads(run("export", folder, *options).stdout) == wanted
+    path = tmp_path / "deep" / "export.json"
+    done = run("export", folder, "--output", path)
+    assert done.exit_code == 0 and "Written" in done.stdout, done.output
+    assert json.loads(path.read_text()) == wanted
+    path.write_text("mine")
+    assert failed(run("export", folder, "--output", path), 2, "--force")
+    assert path.read_text() == "mine"
+    assert run("export", folder, "--output", path, "--force").exit_code == 0
+    assert [x.name for x in path.parent.iterdir()] == ["export.json"]
+    assert json.loads(path.read_text()) == wanted
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["new", "force"])
+def test_an_interrupted_export_leaves_the_file_as_it_was(
+    is_there, calibrated, tmp_path, monkeypatch
+):
+    path = tmp_path / "export.json"
+    if is_there:
+        path.write_text("old")
+
+    def interrupted(self, text, **options):
+        self.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    done = run("export", calibrated[0], "--output", path, "--force")
+    assert failed(done, 130, "Interrupted")
+    assert [x.name for x in tmp_path.iterdir()] == ["export.json"] * is_there
+    assert not is_there or path.read_text() == "old"
+
+
+def test_export_into_a_checkpoint_is_read_by_engines_and_by_us(calibrated, dense, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in calibrated[0].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    before = json.loads((folder / "config.json").read_text())
+    done = run("export", folder, "--into")
+    assert done.exit_code == 0, done.output
+    after = json.loads((folder / "config.json").read_text())
+    block = after.pop("sparse_attention_config")
+    ours = before.pop("sparse_attention_config")
+    assert after == before and {name: block[name] for name in ours} == ours
+    assert block["config_groups"]["group_0"]["target_sparsity"] == {"prefill": 0.25, "decode": 0.25}
+    assert thresholds(folder) == thresholds(calibrated[0])
+    # What engines see of the block: they don't know the other keys.
+    seen = {"sparse_attention_config": {"config_groups": block["config_groups"]}}
+    (tmp_path / "config.json").write_text(json.dumps(seen))
+    read = mtsa.SparseAttentionConfig.from_checkpoint(tmp_path)
+    model = mtsa.sparsify(AutoModelForCausalLM.from_pretrained(dense), read)
+    with torch.no_grad():
+        model(source(600))
+    assert sum(sum(x["prefill"]["skipped"]) for x in mtsa.get_stats(model).values()) > 0
+
+
+def test_what_export_does_not_take(calibrated, dense, tmp_path):
+    assert failed(run("export", dense), 2, "which isn't sparse")
+    done = run("sparsify", dense, "--preset", "skip_softmax", "--output", tmp_path / "fixed")
+    assert done.exit_code == 0, done.output
+    assert failed(run("export", tmp_path / "fixed"), 2, "a fixed lambda, 0.1")
+    assert failed(run("export", calibrated[0], "--output", tmp_path), 2, "takes a file")
+    config = json.loads((calibrated[0] / "config.json").read_text())
+    config["modelopt_sparse_attention_config"] = config["sparse_attention_config"]
+    config["sparse_attention_config"] = {"a family's": "own"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    assert failed(run("export", tmp_path / "other", "--into"), 2, "belongs to the model itself")
+    assert json.loads((tmp_path / "other/config.json").read_text()) == config
