@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .folders import check_output, written_whole
+from .folders import check_output, folder_written_whole
 from .loading import find_tokenizer, import_libraries, load_model
 from .options import (
     ConfigOption,
@@ -45,7 +45,7 @@ def command(
         sparse = load_model(model)
         mtsa.sparsify(sparse, chosen)
         tokenizer = find_tokenizer(model)
-        with written_whole(output) as folder:
+        with folder_written_whole(output) as folder:
             sparse.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)

@@ -15,11 +15,11 @@ from pydantic import (
     model_validator,
 )
 
-from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.errors import ConfigError, describe, shown
 from modelopt_sparse.methods.calibrated import PhaseName, Share
 from modelopt_sparse.methods.fields import not_taken
 
-from .explain import explained, shown
+from .explain import explained
 
 _PHASES: tuple[PhaseName, ...] = ("prefill", "decode")
 _TAKES = 'a share of tiles from 0 to below 1, or {"prefill": share, "decode": share}, one or both'
