@@ -106,8 +106,9 @@ def _check_names_no_implementation(file: Path, config: Mapping[str, Any]) -> Non
         value = left.pop()
         if isinstance(value, dict):
             if named := _IMPLEMENTATIONS & value.keys():
-                remedy = "Remove it, and give from_pretrained the one that you want."
-                raise StateError(describe(str(file), sorted(named)[0], "none of these", remedy))
+                remedy = "Remove it, and name one when you load."
+                takes = "a file that leaves implementations to who loads it"
+                raise StateError(describe(str(file), sorted(named)[0], takes, remedy))
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)

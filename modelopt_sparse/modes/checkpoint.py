@@ -129,8 +129,10 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _shape_and_kind(tensor: Any) -> tuple[tuple[int, ...], bool]:
-    """The shape of a tensor in a file, and whether it holds floating-point numbers."""
-    return tuple(tensor.get_shape()), tensor.get_dtype().startswith(("F", "BF"))
+    """The shape of a tensor in a file, and whether it holds floating-point numbers of whole bytes."""
+    dtype = tensor.get_dtype()
+    is_floating = dtype.startswith(("F", "BF")) and not dtype.startswith(("F4", "F6"))
+    return tuple(tensor.get_shape()), is_floating
 
 
 def _check_fit(
