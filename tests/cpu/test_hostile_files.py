@@ -256,6 +256,28 @@ def test_weights_of_another_kind_are_refused(dtype, saved, model, tmp_path):
     assert snapshot(model) == before
 
 
+def test_packed_weights_are_refused(saved, model, tmp_path):
+    # Two numbers a byte: torch sees another shape than the file says.
+    length = int.from_bytes(saved[WEIGHTS][:8], "little")
+    header, numbers = json.loads(saved[WEIGHTS][8 : 8 + length]), 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            packed = name == "model.norm.weight"
+            tensor["dtype"] = "F4" if packed else tensor["dtype"]
+            begin, end = tensor["data_offsets"]
+            size = (end - begin) // 8 if packed else end - begin
+            tensor["data_offsets"] = [numbers, numbers + size]
+            numbers += size
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(numbers)
+    (tmp_path / STATE).write_bytes(saved[STATE])
+    (tmp_path / WEIGHTS).write_bytes(content)
+    before = snapshot(model)
+    with pytest.raises(mtsa.StateError, match=r"kind.*model\.norm\.weight"):
+        mtsa.restore(model, tmp_path)
+    assert snapshot(model) == before
+
+
 def test_a_block_with_a_pattern_twice_is_refused(saved, tmp_path):
     config = json.loads(saved["config.json"])
     rules = config["sparse_attention_config"]["config"]["sparse_cfg"]
