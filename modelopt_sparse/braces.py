@@ -9,6 +9,9 @@ from .errors import ConfigError, describe
 MAX_EXPANSIONS = 4096
 """So many patterns one pattern may stand for; more is a typo."""
 
+MAX_CHARACTERS = 2**18
+"""So many characters they may have together."""
+
 MAX_LENGTH = 4096
 """A pattern has so many characters at most."""
 
@@ -29,7 +32,7 @@ def expand_braces(pattern: str) -> tuple[str, ...]:
     Raises:
         ConfigError: longer than `MAX_LENGTH`, a brace without its partner, empty braces, braces
             nested deeper than `MAX_DEPTH`, a range that isn't two whole numbers in rising order, or
-            more than `MAX_EXPANSIONS` patterns.
+            more than `MAX_EXPANSIONS` patterns or `MAX_CHARACTERS` characters in them.
     """
     reader = _Reader(pattern)
     if len(pattern) > MAX_LENGTH:
@@ -57,6 +60,8 @@ class _Reader:
             if len(found) * len(endings) > MAX_EXPANSIONS:
                 raise self.too_many()
             found = [start + end for start in found for end in endings]
+            if sum(map(len, found)) > MAX_CHARACTERS:
+                raise self.too_many()
         return found
 
     def text(self, depth: int) -> str:
@@ -102,7 +107,9 @@ class _Reader:
 
     def too_many(self) -> ConfigError:
         return self.refused(
-            f"more than {MAX_EXPANSIONS} expansions", f"at most {MAX_EXPANSIONS}", "Use a wildcard."
+            f"more than {MAX_EXPANSIONS} expansions, or more than {MAX_CHARACTERS} characters in them",
+            "fewer",
+            "Use a wildcard.",
         )
 
     def refused(self, got: str, takes: str, remedy: str = "") -> ConfigError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class SparseAttentionError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -34,3 +36,16 @@ class StateError(SparseAttentionError, ValueError):
 def describe(name: str, got: object, takes: str, remedy: str = "") -> str:
     """The one message template: ``name: got X; takes Y. Remedy.``"""
     return f"{name}: got {got}; takes {takes}." + (f" {remedy}" if remedy else "")
+
+
+def shown(value: object) -> str:
+    """A repr that stays short, however large or deeply nested the value is."""
+    short = reprlib.Repr()
+    short.maxlevel = 3
+    short.maxlist = short.maxtuple = short.maxset = short.maxdict = 4
+    short.maxstring = short.maxother = short.maxlong = 60
+    try:
+        text = short.repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 200 else text[:200] + "..."

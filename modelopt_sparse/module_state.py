@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from modelopt_sparse.config import Resolved
-from modelopt_sparse.errors import StateError, describe
+from modelopt_sparse.config.explain import explained
+from modelopt_sparse.errors import ConfigError, StateError, describe, shown
+from modelopt_sparse.methods.base import SparseMethodConfig
 from modelopt_sparse.methods.registry import sparse_method
 from modelopt_sparse.module import SparseAttentionModule
 
@@ -36,7 +39,7 @@ def module_states(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def resolved_states(
     states: object, known: Mapping[str, Any]
-) -> tuple[dict[str, Resolved], dict[str, DecisionTiles]]:
+) -> tuple[dict[str, Resolved], dict[str, Any]]:
     """`module_states` read back: what each module shall do, and the decision tiles it had.
 
     Args:
@@ -45,32 +48,43 @@ def resolved_states(
         StateError: not such a description, or of modules that the model doesn't have.
     """
     if not isinstance(states, Mapping):
-        raise StateError(describe("modules", repr(states)[:200], "a mapping from module names"))
-    unknown = sorted(map(str, set(states) - set(known)))
+        raise StateError(describe("modules", shown(states), "a mapping from module names"))
+    unknown = set(states) - set(known)
     if unknown:
         takes = f"attention modules of this model: {', '.join(list(known)[:20])}"
-        raise StateError(describe("modules", ", ".join(unknown[:5]), takes))
-    resolved, tiles = {}, {}
+        raise StateError(describe("modules", shown(unknown), takes))
+    resolved: dict[str, Resolved] = {}
+    tiles: dict[str, Any] = {}
     for name, state in states.items():
-        try:
-            enabled, fields = state["enable"], state["fields"]
-            config = sparse_method(fields["method"]).Config.model_validate(fields)
-            tiles[name] = dict(state["decision_tiles"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"modules[{name!r}]: {type(error).__name__}: {error}") from error
-        if not isinstance(enabled, bool):
-            raise StateError(describe(f"modules[{name!r}].enable", repr(enabled), "true or false"))
-        resolved[name] = Resolved(config, enabled)
+        place = f"modules[{name!r}]"
+        if not isinstance(state, Mapping) or set(state) != {"enable", "fields", "decision_tiles"}:
+            takes = "a mapping with 'enable', 'fields' and 'decision_tiles'"
+            raise StateError(describe(place, shown(state), takes))
+        if not isinstance(state["enable"], bool):
+            raise StateError(describe(f"{place}.enable", shown(state["enable"]), "true or false"))
+        resolved[name] = Resolved(_method_config(state["fields"], place), state["enable"])
+        tiles[name] = state["decision_tiles"]
     return resolved, tiles
 
 
-def check_decision_tiles(model: nn.Module, tiles: Mapping[str, DecisionTiles]) -> None:
+def _method_config(fields: object, place: str) -> SparseMethodConfig:
+    if not isinstance(fields, Mapping):
+        raise StateError(describe(f"{place}.fields", shown(fields), "a mapping"))
+    try:
+        return sparse_method(fields.get("method")).Config.model_validate(fields)
+    except ValidationError as error:
+        raise StateError(str(explained(error, f"{place}.fields"))) from None
+    except ConfigError as error:
+        raise StateError(f"{place}.fields: {error}") from None
+
+
+def check_decision_tiles(model: nn.Module, tiles: Mapping[str, Any]) -> None:
     """Raises StateError where a module now decides on other tiles than it did: results would differ."""
     for name, module in sparse_modules(model):
         now = decision_tiles(module)
         if now != tiles[name]:
             place = f"modules[{name!r}].decision_tiles"
-            raise StateError(describe(place, tiles[name], f"{now}, as this version decides"))
+            raise StateError(describe(place, shown(tiles[name]), f"{now}, as this version decides"))
 
 
 def decision_tiles(module: SparseAttentionModule) -> DecisionTiles:

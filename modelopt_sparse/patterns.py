@@ -7,7 +7,7 @@ where ``*`` crosses dots; ``type:LlamaAttention`` is one on its class's name. ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -79,6 +79,22 @@ def matches(pattern: Pattern, target: Target) -> bool:
         place = f"{pattern_name(pattern)}({target.name!r}, module)"
         raise ConfigError(describe(place, f"a {type(answer).__name__}", "a bool"))
     return answer
+
+
+def matching(pattern: Pattern, targets: Iterable[Target]) -> list[Target]:
+    """Those of `targets` that `pattern` stands for.
+
+    Raises:
+        ConfigError: as for `matches`.
+    """
+    if not isinstance(pattern, str):
+        return [target for target in targets if matches(pattern, target)]
+    left, found = list(targets), []
+    # Glob by glob: each has to be compiled, and few are kept.
+    for glob in _expanded(pattern):
+        found += [target for target in left if _glob_matches(glob, target)]
+        left = [target for target in left if target not in found]
+    return found
 
 
 def names_exactly(pattern: Pattern, target: Target) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,8 +12,9 @@ from modelopt_sparse.calibration.calibrate import Data
 from modelopt_sparse.config import SparseAttentionConfig
 from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.convert import configurations, convert, deconvert
-from modelopt_sparse.errors import ArgumentTypeError, ConfigError, describe
+from modelopt_sparse.errors import ConfigError, describe
 from modelopt_sparse.integrations.hf_checkpoint import take_block, write_block
+from modelopt_sparse.integrations.hf_loading import load_checkpoint
 from modelopt_sparse.models.attention import attention_targets
 from modelopt_sparse.modes.apply import apply_mode, check_model, forget_mode
 from modelopt_sparse.modes.base import Metadata, Mode
@@ -199,18 +199,15 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], *args: Any, **kw
     Returns:
         The model.
     Raises:
-        StateError: the checkpoint's config.json has no block of this package, or it doesn't fit.
-        FileNotFoundError: nothing at an absolute path.
+        StateError: the checkpoint's config.json has no block of this package, or it doesn't fit, or names an
+            attention implementation; or the files aren't what transformers loads, or lack weights.
+        FileNotFoundError: nothing at an absolute path, or a folder without config.json or safetensors.
+
+    Weights come from safetensors and code from nowhere, unless ``use_safetensors=False`` or
+    ``trust_remote_code=True`` says so. Weights that the checkpoint lacks are refused, unless
+    ``output_loading_info=True`` asks for their names.
     """
-    loader = getattr(auto_class, "from_pretrained", None)
-    if loader is None:
-        takes = "a transformers class with from_pretrained, such as AutoModelForCausalLM"
-        raise ArgumentTypeError(describe("auto_class", repr(auto_class), takes))
-    if not isinstance(path, str | PathLike):
-        raise ArgumentTypeError(describe("path", repr(path), "a path or the name of a model"))
-    if Path(path).is_absolute() and not Path(path).exists():
-        raise FileNotFoundError(path)
-    loaded = loader(path, *args, **kwargs)
+    loaded = load_checkpoint(auto_class, path, args, kwargs)
     # With output_loading_info=True it comes in a tuple.
     restore_from_block(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import typer
 
@@ -41,31 +39,22 @@ def check_output_file(path: Path, force: bool) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file, or leaves it as it was."""
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        new = Path(scratch) / "new"
+    from modelopt_sparse.files import written_whole
+
+    path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as new:
         new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def folder_written_whole(folder: Path) -> Iterator[Path]:
     """An empty folder to write into; it becomes `folder` at the end of the block, and is gone if that fails.
 
-    What `folder` held is replaced. A process that is killed leaves a hidden folder beside it at most.
+    What `folder` held is replaced.
     """
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
+    from modelopt_sparse.files import written_whole
+
+    folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder) as new:
         new.mkdir()
         yield new
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        except BaseException:
-            if old.exists():
-                os.replace(old, folder)
-            raise

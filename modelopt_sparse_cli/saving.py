@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .folders import written_whole
+from .folders import folder_written_whole
 from .loading import find_tokenizer
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def save_checkpoint(model: PreTrainedModel, name: str, output: Path) -> bool:
         Whether there was a tokenizer.
     """
     tokenizer = find_tokenizer(name)
-    with written_whole(output) as folder:
+    with folder_written_whole(output) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

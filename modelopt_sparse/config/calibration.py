@@ -15,11 +15,11 @@ from pydantic import (
     model_validator,
 )
 
-from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.errors import ConfigError, describe, shown
 from modelopt_sparse.methods.calibrated import PhaseName, Share
 from modelopt_sparse.methods.fields import not_taken
 
-from .explain import explained, shown
+from .explain import explained
 
 _PHASES: tuple[PhaseName, ...] = ("prefill", "decode")
 _TAKES = 'a number, or {"prefill": number, "decode": number}, one or both'

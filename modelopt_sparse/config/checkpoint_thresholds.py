@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.errors import ConfigError, describe, shown
 from modelopt_sparse.methods.calibrated import FORMULA, PHASES
-
-from .explain import shown
 
 # For both phases, where there is nothing of one's own.
 _COEFFICIENTS = "coefficients"

@@ -11,10 +11,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from modelopt_sparse.errors import ArgumentTypeError, ConfigError, describe
+from modelopt_sparse.errors import ArgumentTypeError, ConfigError, describe, shown
 
 from .checkpoint_thresholds import mapping_at, only_keys, skip_softmax_fields
-from .explain import shown
 from .files import read_mapping
 from .rules import DEFAULT
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.errors import ConfigError, describe, shown
 
 MAX_LINES = 10
 """An error lists so many things that are wrong at most."""
@@ -24,19 +23,6 @@ def explained(error: ValidationError, place: str) -> ConfigError:
     said = " ".join(_line(line, place) for line in lines[:MAX_LINES])
     more = len(lines) - MAX_LINES
     return ConfigError(f"{said} And {more} more." if more > 0 else said)
-
-
-def shown(value: object) -> str:
-    """A repr that stays short, however large or deeply nested the value is."""
-    short = reprlib.Repr()
-    short.maxlevel = 3
-    short.maxlist = short.maxtuple = short.maxset = short.maxdict = 4
-    short.maxstring = short.maxother = short.maxlong = 60
-    try:
-        text = short.repr(value)
-    except ValueError:  # an int of thousands of digits
-        text = f"a huge {type(value).__name__}"
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def placed(error: ConfigError, place: str) -> ConfigError:

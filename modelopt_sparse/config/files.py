@@ -10,9 +10,16 @@ from typing import Any
 import yaml
 
 from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.files import parse_json, read_bytes, written_whole
 
 MAX_BYTES = 2**20
 """A configuration file is at most this long."""
+
+MAX_YAML_BYTES = 2**17
+"""So long, if it is YAML, which is a hundred times slower to read."""
+
+MAX_KEYS = 10_000
+"""A YAML mapping has so many keys at most: merges of merges of a short file could have millions."""
 
 _TAKES = "a file that ends in .json, .yaml or .yml"
 
@@ -22,24 +29,20 @@ def read_mapping(path: Path, max_bytes: int = MAX_BYTES) -> dict[Any, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: another suffix, more than `max_bytes`, malformed, a key twice, or not a
-            mapping.
+        ConfigError: another suffix, more than `max_bytes` or for YAML `MAX_YAML_BYTES`, malformed, a key
+            twice, or not a mapping.
     """
     kind = _kind(path)
-    if path.is_dir():
-        raise ConfigError(describe("path", f"the folder {str(path)!r}", "a file"))
-    with path.open("rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise ConfigError(describe(str(path), "a larger file", f"at most {max_bytes} bytes"))
+    max_bytes = max_bytes if kind == "JSON" else min(max_bytes, MAX_YAML_BYTES)
+    content = read_bytes(path, max_bytes, ConfigError)
     try:
-        text = content.decode("utf-8-sig")
-        data = _read_json(text) if kind == "JSON" else yaml.load(text, Loader=_OnceLoader)
+        data = parse_json(content) if kind == "JSON" else _parse_yaml(content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    # Of a malformed number or date, PyYAML raises whatever its code runs into.
+    except Exception as error:
         remedy = "" if kind == "JSON" else "Quote patterns that begin with * or {."
-        problem = " ".join(str(error).split())[:300]
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(describe(str(path), problem, f"well-formed {kind}", remedy)) from None
     if not isinstance(data, dict):
         raise ConfigError(describe(str(path), f"a {type(data).__name__}", "a mapping"))
@@ -47,16 +50,24 @@ def read_mapping(path: Path, max_bytes: int = MAX_BYTES) -> dict[Any, Any]:
 
 
 def write_mapping(path: Path, data: dict[str, Any]) -> None:
-    """Writes plain data, in its order, so that `read_mapping` gives it back.
+    """Writes plain data, in its order, so that `read_mapping` gives it back; whole or not at all.
 
     Raises:
-        ConfigError: the suffix is another.
+        ConfigError: the suffix is another, or it is more than may be read.
     """
-    if _kind(path) == "JSON":
+    kind = _kind(path)
+    if kind == "JSON":
         text = json.dumps(data, indent=2, allow_nan=False) + "\n"
     else:
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    content = text.encode()
+    most = MAX_BYTES if kind == "JSON" else MAX_YAML_BYTES
+    if len(content) > most:
+        remedy = "" if kind == "JSON" else "Write a .json file."
+        got = f"{len(content)} bytes of {kind}"
+        raise ConfigError(describe(str(path), got, f"at most {most}", remedy))
+    with written_whole(path) as new:
+        new.write_bytes(content)
 
 
 def _kind(path: Path) -> str:
@@ -66,17 +77,8 @@ def _kind(path: Path) -> str:
     return kinds[path.suffix.lower()]
 
 
-def _read_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ConfigError(describe("key", f"{key!r} twice", "each key once"))
-        found[key] = value
-    return found
+def _parse_yaml(content: bytes) -> Any:
+    return yaml.load(content.decode("utf-8-sig"), Loader=_OnceLoader)
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -91,7 +93,16 @@ class _OnceLoader(yaml.SafeLoader):
                 key_node.value if isinstance(key_node.value, str) else id(key_node),
             )
             if key in seen:
-                raise ConfigError(describe("key", f"{key_node.value!r} twice", "each key once"))
+                raise ConfigError(
+                    describe("key", f"{key_node.value!r:.100} twice", "each key once")
+                )
             seen.add(key)
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_KEYS:
+            raise ConfigError(
+                describe("a mapping", "more keys", f"at most {MAX_KEYS}, merged ones too")
+            )

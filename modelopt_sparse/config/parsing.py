@@ -8,13 +8,19 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.errors import ConfigError, describe, shown
 from modelopt_sparse.methods.base import SparseMethodConfig, nearest
 from modelopt_sparse.methods.registry import sparse_method, sparse_methods
-from modelopt_sparse.patterns import check_pattern, pattern_name
+from modelopt_sparse.patterns import check_pattern, expand, pattern_name
 
-from .explain import explained, placed, shown
+from .explain import explained, placed
 from .rules import DEFAULT, Rule, Rules
+
+MAX_RULES = 4096
+"""A configuration has so many rules at most."""
+
+MAX_GLOBS = 2**14
+"""So many globs their patterns may stand for together: each is compiled and compared with each module."""
 
 _RULE_TAKES = "a mapping with 'method', 'enable' and the method's fields, or a method's config"
 
@@ -30,8 +36,15 @@ def parse_rules(given: object) -> Rules:
         return given
     if not isinstance(given, Mapping):
         raise ConfigError(describe("sparse_cfg", shown(given), "a mapping from patterns to rules"))
+    if len(given) > MAX_RULES:
+        raise ConfigError(describe("sparse_cfg", f"{len(given)} rules", f"at most {MAX_RULES}"))
+    globs = 0
     for pattern, raw in given.items():
         _check_key(pattern, raw)
+        globs += len(expand(pattern)) if isinstance(pattern, str) else 1
+        if globs > MAX_GLOBS:
+            got = f"patterns with more than {MAX_GLOBS} expansions together"
+            raise ConfigError(describe("sparse_cfg", got, "fewer", "Use wildcards."))
     raw_rules = {pattern: _plain(raw, _place(pattern)) for pattern, raw in given.items()}
     named = _named_methods(raw_rules)
     rules = [_parse_rule(pattern, raw, named) for pattern, raw in raw_rules.items()]

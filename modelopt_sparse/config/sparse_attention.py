@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +16,13 @@ from pydantic import (
     ValidationError,
 )
 
-from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.errors import ConfigError, describe, shown
 from modelopt_sparse.methods.base import nearest
-from modelopt_sparse.patterns import Pattern, Target, matches, names_exactly, pattern_name
+from modelopt_sparse.patterns import Pattern, Target, matching, names_exactly, pattern_name
 
 from .calibration import CalibrationConfig
 from .checkpoints import checkpoint_rules
-from .explain import explained, shown
+from .explain import explained
 from .files import read_mapping, write_mapping
 from .parsing import own_names, parse_rules
 from .resolution import Resolved, nothing_matched, resolve_rules
@@ -198,21 +198,13 @@ class SparseAttentionConfig(BaseModel):
             ConfigError: the module is enabled and no rule names a method for it, or the rules
                 together give its method values that don't fit.
         """
-        rules = [
-            rule
-            for rule in self.sparse_cfg.in_order
-            if rule.pattern == DEFAULT or self._takes_in(rule.pattern, target)
-        ]
-        named = any(rule.pattern != DEFAULT for rule in rules)
-        if not (named or target.causal_self_attention or self.include_non_causal):
-            return None
-        return resolve_rules(rules, target.name)
+        return self._resolve(target, self.matching([target]))
 
     def matching(self, targets: Iterable[Target]) -> dict[Pattern, tuple[str, ...]]:
         """For each pattern but "default", the names of the modules that its rule applies to."""
         targets = list(targets)
         return {
-            pattern: tuple(target.name for target in targets if self._takes_in(pattern, target))
+            pattern: self._taken_in(pattern, targets)
             for pattern in self.sparse_cfg
             if pattern != DEFAULT
         }
@@ -224,16 +216,34 @@ class SparseAttentionConfig(BaseModel):
             ConfigError: a pattern applies to no module; or as for `resolve`.
         """
         targets = list(targets)
-        for pattern, names in self.matching(targets).items():
+        matched = self.matching(targets)
+        for pattern, names in matched.items():
             if not names:
                 raise nothing_matched(pattern, targets)
-        resolved = {target.name: self.resolve(target) for target in targets}
+        resolved = {target.name: self._resolve(target, matched) for target in targets}
         return {name: found for name, found in resolved.items() if found is not None}
 
-    def _takes_in(self, pattern: Pattern, target: Target) -> bool:
-        if target.causal_self_attention or self.include_non_causal:
-            return matches(pattern, target)
-        return names_exactly(pattern, target)
+    def _resolve(
+        self, target: Target, matched: Mapping[Pattern, tuple[str, ...]]
+    ) -> Resolved | None:
+        rules = [
+            rule
+            for rule in self.sparse_cfg.in_order
+            if rule.pattern == DEFAULT or target.name in matched[rule.pattern]
+        ]
+        named = any(rule.pattern != DEFAULT for rule in rules)
+        if not (named or target.causal_self_attention or self.include_non_causal):
+            return None
+        return resolve_rules(rules, target.name)
+
+    def _taken_in(self, pattern: Pattern, targets: Sequence[Target]) -> tuple[str, ...]:
+        by_pattern = [t for t in targets if t.causal_self_attention or self.include_non_causal]
+        taken = {target.name for target in matching(pattern, by_pattern)}
+        return tuple(
+            target.name
+            for target in targets
+            if target.name in taken or (target not in by_pattern and names_exactly(pattern, target))
+        )
 
 
 def _check_key(key: object) -> None:

@@ -13,10 +13,13 @@ from transformers import PretrainedConfig
 
 from modelopt_sparse.config import SparseAttentionConfig
 from modelopt_sparse.config.checkpoints import BLOCK_NAMES
-from modelopt_sparse.errors import StateError, describe
-from modelopt_sparse.modes.state import check_version, producer
+from modelopt_sparse.errors import StateError, describe, shown
+from modelopt_sparse.modes.state import producer
+from modelopt_sparse.modes.versions import Steps, newest, unchanged, up_to_date
 
-BLOCK_VERSION = 1
+# From version 2 on, thresholds may be calibrated ones.
+BLOCK_STEPS: Steps = {1: unchanged}
+BLOCK_VERSION = newest(BLOCK_STEPS)
 
 
 def write_block(
@@ -58,13 +61,7 @@ def take_block(model: nn.Module) -> dict[str, Any]:
     for name in BLOCK_NAMES:
         block = getattr(holder, name, None)
         if is_ours(block):
-            check_version(f"{name}.block_version", block.get("block_version"), BLOCK_VERSION)
-            try:
-                content = dict(block["config"])
-                content["sparse_cfg"] = dict(content["sparse_cfg"])
-                taken = {"config": content, "metadata": block["metadata"]}
-            except (KeyError, TypeError, ValueError) as error:
-                raise StateError(f"{name}: malformed: {type(error).__name__}: {error}") from error
+            taken = _content(name, up_to_date(f"{name}.", block, "block_version", BLOCK_STEPS))
             delattr(holder, name)
             return taken
     raise StateError(
@@ -75,6 +72,23 @@ def take_block(model: nn.Module) -> dict[str, Any]:
             "Load it with transformers and call sparsify.",
         )
     )
+
+
+def _content(name: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration and metadata of a block, with the rules as a mapping again."""
+    config, metadata = block.get("config"), block.get("metadata")
+    rules = config.get("sparse_cfg") if isinstance(config, Mapping) else None
+    if not isinstance(rules, list) or not all(
+        isinstance(rule, list) and len(rule) == 2 and isinstance(rule[0], str) for rule in rules
+    ):
+        takes = "a mapping whose sparse_cfg is a list of patterns and rules"
+        raise StateError(describe(f"{name}.config", shown(config), takes))
+    by_pattern = dict(rules)
+    if len(by_pattern) < len(rules):
+        takes = "each pattern once"
+        raise StateError(describe(f"{name}.config.sparse_cfg", "a pattern twice", takes))
+    assert isinstance(config, Mapping)
+    return {"config": {**config, "sparse_cfg": by_pattern}, "metadata": metadata}
 
 
 def _free_or_ours(config: PretrainedConfig) -> bool:

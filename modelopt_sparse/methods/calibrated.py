@@ -22,7 +22,7 @@ from pydantic import (
 from modelopt_sparse.kernels.scale_factors import ScaleFactors
 
 from .base import SparseMethodConfig
-from .fields import MinContext, fraction, fraction_or_none, not_taken
+from .fields import MAX_HEADS, MAX_TOKENS, MinContext, fraction, fraction_or_none, not_taken
 
 PhaseName = Literal["prefill", "decode"]
 
@@ -36,9 +36,14 @@ FORMULA = "a * exp(b * target_sparsity)"
 """The scale factor of a share of tiles, as serving engines read it."""
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Lengths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, max_length=1000)]
+_Lengths = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=MAX_TOKENS)], ...],
+    Field(min_length=1, max_length=1000, fail_fast=True),
+]
 # By target, and there one for all heads or one for each.
-_Factors = tuple[tuple[_Positive | tuple[_Positive, ...], ...], ...]
+_Heads = Annotated[tuple[_Positive, ...], Field(min_length=1, max_length=MAX_HEADS, fail_fast=True)]
+_Row = Annotated[tuple[_Positive | _Heads, ...], Field(max_length=1000, fail_fast=True)]
+_Factors = Annotated[tuple[_Row, ...], Field(max_length=1000, fail_fast=True)]
 
 
 class ScaleFormula(BaseModel):
@@ -74,7 +79,8 @@ class ScaleTable(BaseModel):
 
     lengths: _Lengths
     targets: Annotated[
-        tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, max_length=1000)
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+        Field(min_length=1, max_length=1000, fail_fast=True),
     ]
     factors: _Factors
 

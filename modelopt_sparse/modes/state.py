@@ -8,14 +8,27 @@ from typing import Any
 
 from torch import nn
 
-from modelopt_sparse.errors import ConfigError, StateError, describe
+from modelopt_sparse.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ConfigError,
+    StateError,
+    describe,
+    shown,
+)
 from modelopt_sparse.version import __version__
 
 from .apply import check_model, parse_config, parts_with_modes, record, update_record
 from .registry import get_mode
 from .undo import undone_on_failure
+from .versions import Steps, newest, unchanged, up_to_date
 
-STATE_VERSION = 1
+# From version 2 on, thresholds may be calibrated ones.
+STATE_STEPS: Steps = {1: unchanged}
+STATE_VERSION = newest(STATE_STEPS)
+
+MAX_MODES = 100
+"""A state holds so many modes at most."""
 
 
 def producer() -> dict[str, str]:
@@ -67,26 +80,25 @@ def restore_from_modelopt_state(model: nn.Module, state: Mapping[str, Any]) -> n
                 "model", "a model with modes applied", "an unconverted one", "Undo them first."
             )
         )
-    entries = []
-    for entry in _modes_of(state):
-        try:
-            mode = get_mode(entry["mode"])
-            entries.append((mode, parse_config(mode, entry["config"]), entry["metadata"]))
-        except (ConfigError, TypeError) as error:
-            raise StateError(f"state: {error}") from error
-    with undone_on_failure(model):
-        for mode, config, metadata in entries:
-            mode.restore(model, config, metadata)
-            record(model, mode, config, metadata)
+    try:
+        entries = [
+            (
+                mode := get_mode(entry["mode"]),
+                parse_config(mode, entry["config"]),
+                entry["metadata"],
+            )
+            for entry in _modes_of(state)
+        ]
+        with undone_on_failure(model):
+            for mode, config, metadata in entries:
+                mode.restore(model, config, metadata)
+                record(model, mode, config, dict(metadata))
+    except StateError:
+        raise
+    # TypeError: a key that is no text. ArgumentError: numbers that a method takes and a kernel doesn't.
+    except (ConfigError, ArgumentError, ArgumentTypeError, TypeError, RecursionError) as error:
+        raise StateError(f"state: {str(error)[:2000]}") from error
     return model
-
-
-def check_version(name: str, got: object, newest: int) -> None:
-    """Raises StateError unless `got` is a schema version that this package reads."""
-    if isinstance(got, bool) or not isinstance(got, int) or got < 1:
-        raise StateError(describe(name, repr(got), f"an int from 1 to {newest}"))
-    if got > newest:
-        raise StateError(describe(name, got, f"at most {newest}", "Update modelopt_sparse."))
 
 
 def _plain(mode: str, data: object) -> Any:
@@ -99,13 +111,14 @@ def _plain(mode: str, data: object) -> Any:
 
 def _modes_of(state: object) -> list[Mapping[str, Any]]:
     if not isinstance(state, Mapping):
-        raise StateError(describe("state", type(state).__name__, "a mapping from modelopt_state"))
-    check_version("state_version", state.get("state_version"), STATE_VERSION)
-    modes = state.get("modes")
+        raise StateError(describe("state", shown(state), "a mapping from modelopt_state"))
+    modes = up_to_date("", state, "state_version", STATE_STEPS).get("modes")
     keys = {"mode", "config", "metadata"}
     if not isinstance(modes, list) or not all(
         isinstance(entry, Mapping) and set(entry) == keys and isinstance(entry["metadata"], Mapping)
         for entry in modes
     ):
-        raise StateError(describe("state['modes']", repr(modes)[:200], f"a list of {sorted(keys)}"))
+        raise StateError(describe("state['modes']", shown(modes), f"a list of {sorted(keys)}"))
+    if len(modes) > MAX_MODES:
+        raise StateError(describe("state['modes']", f"{len(modes)} modes", f"at most {MAX_MODES}"))
     return modes

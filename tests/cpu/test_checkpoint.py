@@ -72,13 +72,13 @@ def _fail(*args, **kwargs):
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize("step", ["save_model", "os.replace", "Path.write_text"])
+@pytest.mark.parametrize("step", ["save_model", "os.replace", "Path.write_bytes"])
 def test_a_failed_save_leaves_the_old_files_and_nothing_else(step, saved, monkeypatch):
     before = {name: (saved / name).read_bytes() for name in os.listdir(saved)}
     owner, name = {
         "save_model": (checkpoint, "save_model"),
-        "os.replace": (checkpoint.os, "replace"),
-        "Path.write_text": (checkpoint.Path, "write_text"),
+        "os.replace": (os, "replace"),
+        "Path.write_bytes": (checkpoint.Path, "write_bytes"),
     }[step]
     model = mtsa.sparsify(_fresh(), FLASH)
     with monkeypatch.context() as patch:
@@ -138,7 +138,7 @@ DAMAGES = {
     "state is binary": lambda folder: (folder / STATE).write_bytes(b"\xff\xfe\x00"),
     "state is nested": lambda folder: (folder / STATE).write_text("[" * 100_000),
     "state is a list": lambda folder: (folder / STATE).write_text("[]"),
-    "state is newer": lambda folder: _edit_state(folder, lambda s: s.update(state_version=2)),
+    "state is newer": lambda folder: _edit_state(folder, lambda s: s.update(state_version=3)),
     "state is of another model": lambda folder: _edit_state(
         folder, lambda s: s["modes"][0]["metadata"]["modules"].update(other={})
     ),
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage, saved):
 
 def test_an_oversized_state_is_refused_unread(saved, monkeypatch):
     monkeypatch.setattr(checkpoint, "MAX_STATE_BYTES", 10)
-    monkeypatch.setattr(checkpoint.json, "loads", _fail)
+    monkeypatch.setattr(json, "loads", _fail)
     with pytest.raises(mtsa.StateError, match="at most 10"):
         mtsa.restore(tiny.tiny_llama(), saved)
 

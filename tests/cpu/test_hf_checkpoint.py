@@ -143,7 +143,7 @@ def test_an_edit_of_a_block_that_a_model_family_owns_survives():
 
 def test_the_config_alone_round_trips(saved):
     config = AutoConfig.from_pretrained(saved)
-    assert config.sparse_attention_config["block_version"] == 1
+    assert config.sparse_attention_config["block_version"] == 2
     assert mtsa.sparsify(tiny.tiny_llama(config=config), SKIP) is not None
 
 
@@ -160,7 +160,7 @@ MALFORMED = {
     "unknown module": lambda block: block["metadata"]["modules"].update(other={}),
     "no version": lambda block: block.pop("block_version"),
     "version text": lambda block: block.update(block_version="1"),
-    "newer": lambda block: block.update(block_version=2),
+    "newer": lambda block: block.update(block_version=3),
     "no producer": lambda block: block.pop("producer"),
     "another producer": lambda block: block.update(producer={"name": "other"}),
     "producer text": lambda block: block.update(producer="modelopt_sparse"),

@@ -130,7 +130,7 @@ def test_a_broken_state_is_refused_and_changes_nothing(what):
 
 def test_a_newer_state_is_refused_with_what_to_do():
     with pytest.raises(mtsa.StateError, match="Update modelopt_sparse"):
-        mtsa.restore_from_modelopt_state(nn.Linear(2, 2), {"state_version": 2, "modes": []})
+        mtsa.restore_from_modelopt_state(nn.Linear(2, 2), {"state_version": 3, "modes": []})
 
 
 def test_a_state_is_restored_on_an_unconverted_model_only():
