@@ -16,6 +16,7 @@ from tests.cpu.tiny import FLASH, NM, SKIP, logits, snapshot
 
 # The package has the function of that name.
 sparse_mode = sys.modules["modelopt_sparse.sparse_mode"]
+sparse_parts = sys.modules["modelopt_sparse.sparse_parts"]
 FAILURES = [RuntimeError, KeyboardInterrupt, MemoryError, mtsa.ConfigError]
 
 
@@ -140,7 +141,7 @@ def test_a_failed_unsparsify_leaves_the_model_sparse(failure, monkeypatch):
 def test_a_failure_while_disabling_disables_nothing(monkeypatch):
     model = mtsa.sparsify(tiny.tiny_llama(), SKIP)
     before = snapshot(model)
-    monkeypatch.setattr(sparse_mode, "write_block", Nth(None, 1, MemoryError))
+    monkeypatch.setattr(sparse_parts, "write_block", Nth(None, 1, MemoryError))
     with pytest.raises(MemoryError):
         mtsa.disable_sparse_attention(model)
     assert snapshot(model) == before

@@ -358,6 +358,14 @@ def test_the_summary_says_shares_and_not_tables(calibrated):
     assert said.get().count("50.0% of tiles; table for") == 2 * LAYERS, said.get()
 
 
+@pytest.mark.parametrize("preset", ["skip_softmax_calib", "flash_skip_softmax_calib"])
+def test_presets_that_calibrate_ask_for_half_in_both_phases(preset):
+    model = mtsa.sparsify(dense_model(), mtsa.PRESETS[preset], [source(1024)])
+    for method in methods(model):
+        for phase in ("prefill", "decode"):
+            assert method.threshold(phase).target_sparsity == 0.5
+
+
 def test_what_was_calibrated_is_saved_and_can_be_changed_afterwards(calibrated, tmp_path):
     model = copy.deepcopy(calibrated)
     mtsa.set_sparsity(model, {"prefill": 0.35})

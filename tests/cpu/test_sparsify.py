@@ -37,7 +37,7 @@ def calls(monkeypatch):
     return tiny.KernelCalls(monkeypatch)
 
 
-@pytest.mark.parametrize("preset", mtsa.PRESETS)
+@pytest.mark.parametrize("preset", [name for name in mtsa.PRESETS if "calib" not in name])
 def test_each_preset_changes_the_output(preset, calls):
     model = tiny.tiny_llama()
     dense = logits(model)
@@ -45,9 +45,9 @@ def test_each_preset_changes_the_output(preset, calls):
     out = logits(model)
     assert not torch.equal(out, dense)
     assert len(calls) == 2
-    if preset == "sparse_softmax":
+    if "sparse_softmax" in preset:
         assert all(plan.nm == NMSparsity(2, 4, 0, 64) for plan in calls)
-    else:
+    if "skip" in preset:
         assert all(count > 0 for count in skipped(model).values())
         assert {plan.skip.threshold for plan in calls} == {1e-3 if "flash" in preset else 0.1}
     backend = "attention_reference" if "flash" in preset else "attention_varlen"
