@@ -1,0 +1,203 @@
+"""Other ways to choose which tiles to compute, as plain torch: what skip-softmax is compared with.
+
+Each gives every tile of a prompt a score; the tiles with the highest are kept. They are the ideas of
+published methods, not their code, and compute what they rank: they show what a choice costs, not how fast
+it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modelopt_sparse.calls import AttentionCall
+from modelopt_sparse.errors import UnsupportedCall, describe
+from modelopt_sparse.kernels.types import Phase, Plan, TileMap
+
+# Of XAttention, the distance between antidiagonals; of MInference, the rows that its lines are found from.
+_STRIDE, _LAST_ROWS = 8, 64
+
+
+class Prompt(NamedTuple):
+    """One sequence of a causal call, in fp32.
+
+    Args:
+        q: [Hq, n, D], scaled. k: [Hq, n, D].
+        block_rows, block_keys: the tile.
+    """
+
+    q: Tensor
+    k: Tensor
+    block_rows: int
+    block_keys: int
+
+    def row_tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions [R] of each row tile, and its scores [Hq, R, N] over whole key tiles; -inf is hidden."""
+        n = self.q.shape[1]
+        keys = torch.arange(-(-n // self.block_keys) * self.block_keys, device=self.q.device)
+        k = torch.nn.functional.pad(self.k, (0, 0, 0, len(keys) - n))
+        for start in range(0, n, self.block_rows):
+            rows = torch.arange(start, min(start + self.block_rows, n), device=self.q.device)
+            scores = self.q[:, rows] @ k.transpose(1, 2)
+            yield rows, scores.masked_fill(keys > rows[:, None], -torch.inf)
+
+    def by_tile(self, values: Tensor) -> Tensor:
+        """The sum of each key tile, of all rows: [Hq, R, N] -> [Hq, T]."""
+        return values.view(*values.shape[:2], -1, self.block_keys).sum((1, 3))
+
+
+Selector = Callable[[Prompt], Tensor]
+"""Scores [Hq, row tiles, key tiles]."""
+
+
+def top_mass(prompt: Prompt) -> Tensor:
+    """The oracle: the weight that the tile has."""
+    tiles = [prompt.by_tile(scores.softmax(-1)) for _, scores in prompt.row_tiles()]
+    return torch.stack(tiles, 1)
+
+
+def random_tiles(prompt: Prompt) -> Tensor:
+    """Chance. The same each time."""
+    shape = _shape(prompt)
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(shape, generator=generator).to(prompt.q.device)
+
+
+def window_and_sink(prompt: Prompt) -> Tensor:
+    """The first tile, then the nearest. Source: StreamingLLM (arXiv 2309.17453)."""
+    heads, rows, keys = _shape(prompt)
+    row, key = (torch.arange(size, device=prompt.q.device) for size in (rows, keys))
+    nearness = (key * prompt.block_keys - row[:, None] * prompt.block_rows).float()
+    nearness[:, 0] = torch.inf
+    return nearness.expand(heads, rows, keys)
+
+
+def mean_similarity(prompt: Prompt) -> Tensor:
+    """The product of the tile's mean query and mean key. Source: SpargeAttention (arXiv 2502.18137)."""
+    q, k = (
+        _means(x, size)
+        for x, size in ((prompt.q, prompt.block_rows), (prompt.k, prompt.block_keys))
+    )
+    return q @ k.transpose(1, 2)
+
+
+def antidiagonal(prompt: Prompt) -> Tensor:
+    """The weight of the tile by every eighth antidiagonal. Source: XAttention (arXiv 2503.16428)."""
+    tiles = []
+    for _, scores in prompt.row_tiles():
+        missing = -scores.shape[1] % _STRIDE
+        whole = torch.nn.functional.pad(scores, (0, 0, 0, missing), value=-torch.inf)
+        heads, rows, keys = whole.shape
+        squares = whole.view(heads, rows // _STRIDE, _STRIDE, keys // _STRIDE, _STRIDE)
+        line = squares.flip(-1).diagonal(dim1=2, dim2=4)  # [Hq, R / 8, N / 8, 8]
+        seen = line.isfinite()
+        means = line.masked_fill(~seen, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
+        weights = means.masked_fill(~seen.any(-1), -torch.inf).softmax(-1).nan_to_num(0.0)
+        tiles.append(weights.view(*weights.shape[:2], -1, prompt.block_keys // _STRIDE).sum((1, 3)))
+    return torch.stack(tiles, 1)
+
+
+def vertical_slash(prompt: Prompt) -> Tensor:
+    """What the last rows give to the tile's keys and distances. Source: MInference (arXiv 2407.02490)."""
+    n = prompt.q.shape[1]
+    last = torch.arange(max(n - _LAST_ROWS, 0), n, device=prompt.q.device)
+    keys = torch.arange(n, device=prompt.q.device)
+    distance = last[:, None] - keys
+    scores = prompt.q[:, last] @ prompt.k.transpose(1, 2)
+    weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    vertical = weights.sum(1)  # [Hq, n]
+    slash = torch.zeros_like(vertical).index_add_(
+        1, distance.clamp(min=0).flatten(), weights.flatten(1)
+    )
+    tiles = []
+    for rows, seen in prompt.row_tiles():
+        columns = torch.arange(seen.shape[-1], device=rows.device)
+        lines = slash[:, (rows[:, None] - columns).clamp(min=0)]
+        columns_mass = vertical[:, columns.clamp(max=n - 1)][:, None]
+        tiles.append(prompt.by_tile((lines + columns_mass).masked_fill(seen == -torch.inf, 0.0)))
+    return torch.stack(tiles, 1)
+
+
+SELECTORS: Mapping[str, Selector] = {
+    "oracle": top_mass,
+    "antidiagonal": antidiagonal,
+    "vertical-slash": vertical_slash,
+    "mean similarity": mean_similarity,
+    "window and sink": window_and_sink,
+    "random": random_tiles,
+}
+"""By the names that tables show."""
+
+
+def chosen_like(call: AttentionCall, plan: Plan, selector: Selector) -> TileMap:
+    """As many tiles of each head as skip-softmax keeps, chosen by a selector. Waits for the device.
+
+    Each row tile keeps its last one, which holds its rows' own keys.
+
+    Raises:
+        UnsupportedCall: not causal, or not whole prompts without a mask.
+    """
+    options = call.options
+    seqs = call.seqs
+    is_whole = torch.equal(seqs.q_len, seqs.k_len) and not any(
+        options.get(name) is not None for name in ("window", "bounds", "mask", "bias", "softcap")
+    )
+    if plan.skip is None or not options.get("causal", True) or not is_whole:
+        takes = "causal attention of whole prompts without a mask, and a plan that skips"
+        raise UnsupportedCall(describe("call", "another one", takes))
+    kept = call(plan, details=True).kept
+    assert kept is not None
+    scale = options.get("scale")
+    scale = call.q.shape[-1] ** -0.5 if scale is None else scale
+    chosen: list[Tensor | None] = []
+    places = zip(seqs.q_start.tolist(), seqs.k_start.tolist(), seqs.q_len.tolist(), strict=True)
+    for own, (start, first, n) in zip(kept, places, strict=True):
+        if own is None or Phase.of(n, options.get("phase")) is Phase.DECODE:
+            chosen.append(None)
+            continue
+        group = call.q.shape[1] // call.k.shape[1]
+        k = call.k[first : first + n].transpose(0, 1).repeat_interleave(group, 0)
+        q = call.q[start : start + n].transpose(0, 1)
+        prompt = Prompt(q.float() * scale, k.float(), plan.skip.block_rows, plan.skip.block_keys)
+        chosen.append(_highest(selector(prompt), prompt, own.sum((1, 2))))
+    return TileMap.from_kept(
+        chosen,
+        seqs,
+        True,
+        plan.skip.block_rows,
+        plan.skip.block_keys,
+        rows=len(call.q),
+        heads=call.q.shape[1],
+        phase=options.get("phase"),
+    )
+
+
+def _highest(scores: Tensor, prompt: Prompt, counts: Tensor) -> Tensor:
+    """So many tiles of each head, the last of each row tile among them: bool [Hq, row tiles, key tiles]."""
+    heads, rows, keys = scores.shape
+    n = prompt.q.shape[1]
+    index = torch.arange(rows, device=scores.device)
+    end = ((index + 1) * prompt.block_rows).clamp(max=n)
+    last = (end - 1) // prompt.block_keys
+    visible = torch.arange(keys, device=scores.device) <= last[:, None]
+    ranked = scores.masked_fill(~visible, -torch.inf)
+    ranked[:, index, last] = torch.inf
+    order = ranked.flatten(1).argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand(heads, -1)
+    )
+    return (place < counts[:, None]).view(heads, rows, keys) & visible
+
+
+def _shape(prompt: Prompt) -> tuple[int, int, int]:
+    heads, n, _ = prompt.q.shape
+    return heads, math.ceil(n / prompt.block_rows), math.ceil(n / prompt.block_keys)
+
+
+def _means(x: Tensor, size: int) -> Tensor:
+    """The mean of each tile: [Hq, n, D] -> [Hq, tiles, D]."""
+    return torch.stack([part.mean(1) for part in torch.split(x, size, dim=1)], 1)

@@ -1,0 +1,116 @@
+"""Other ways to choose tiles: as many as skip-softmax keeps, and by what they are said to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import modelopt_sparse as mtsa
+from examples import tile_choices
+from modelopt_sparse.calls import AttentionCall
+from modelopt_sparse.errors import UnsupportedCall
+from modelopt_sparse.faithfulness.selectors import SELECTORS, Prompt, chosen_like, top_mass
+from modelopt_sparse.kernels import DENSE, Plan, SkipSoftmax, attention_reference
+from modelopt_sparse.module_state import sparse_modules
+from tests.inputs import topical
+
+PLAN = Plan(skip=SkipSoftmax(0.5, 16, 16))
+LENGTHS = [150, 1, 90]
+
+
+@pytest.fixture(scope="module")
+def call() -> AttentionCall:
+    inputs = topical(LENGTHS, LENGTHS, dim=16, strength=5.0, span=16, dtype=torch.float32)
+    return AttentionCall(attention_reference, *inputs.qkv, {})
+
+
+def dropped(call: AttentionCall, plan: Plan) -> float:
+    """The mean over rows and heads of the weight that is left out."""
+    return float((1 - (call(plan).lse - call(DENSE).lse).nan_to_num(0.0).exp2()).mean())
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_each_keeps_as_many_tiles_of_each_head_as_skip_softmax(call, name):
+    wanted = call(PLAN, details=True).kept
+    chosen = chosen_like(call, PLAN, SELECTORS[name]).unpacked()
+    for own, theirs, n in zip(chosen, wanted, LENGTHS, strict=True):
+        if n == 1:
+            assert own is None
+            continue
+        assert torch.equal(own.sum((1, 2)), theirs.sum((1, 2)))
+        assert 0 < int(own.sum()) < own.numel()
+        rows = torch.arange(own.shape[1])
+        assert own[:, rows, (torch.clamp((rows + 1) * 16, max=n) - 1) // 16].all()
+
+
+def test_the_oracle_drops_least(call):
+    masses = {
+        name: dropped(call, Plan(tiles=chosen_like(call, PLAN, selector)))
+        for name, selector in SELECTORS.items()
+    }
+    assert min(masses, key=masses.get) == "oracle", masses
+    assert 0 < masses["oracle"] <= dropped(call, PLAN)
+    assert masses["oracle"] < 0.1 * masses["random"]
+
+
+def scores_of(name: str, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return SELECTORS[name](Prompt(q[None], k[None], 16, 16))[0]
+
+
+def test_the_oracle_is_the_weight_of_each_tile():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 50, 8, generator=generator)
+    weights = (q @ k.T).masked_fill(torch.ones(50, 50).triu(1).bool(), -torch.inf).softmax(-1)
+    found = top_mass(Prompt(q[None], k[None], 16, 16))[0]
+    assert found.shape == (4, 4)
+    for row in range(4):
+        for key in range(4):
+            tile = weights[16 * row : 16 * row + 16, 16 * key : 16 * key + 16]
+            assert float(found[row, key]) == pytest.approx(float(tile.sum()), abs=1e-5)
+
+
+def test_a_key_that_all_look_at_is_found_by_what_looks_at_keys():
+    """Tile 1 holds a key that every row wants; all else is alike."""
+    q, k = torch.zeros(96, 4), torch.zeros(96, 4)
+    q[:, 0], k[20, 0] = 1.0, 9.0
+    for name in ("oracle", "vertical-slash", "mean similarity"):
+        last_row = scores_of(name, q, k)[-1]
+        assert int(last_row[:5].argmax()) == 1, name
+
+
+def test_antidiagonals_cross_every_row_and_column():
+    """A tile of larger scores is found wherever in it they lie: one of eight antidiagonals meets them."""
+    for column in range(16, 32):
+        q, k = torch.zeros(96, 4), torch.zeros(96, 4)
+        q[:, 0], k[column, 0] = 1.0, 9.0
+        assert int(scores_of("antidiagonal", q, k)[-1][:5].argmax()) == 1
+
+
+def test_the_window_is_nearest_first_beside_the_sink():
+    found = scores_of("window and sink", torch.zeros(96, 4), torch.zeros(96, 4))
+    assert found[5].argsort(descending=True).tolist() == [0, 5, 4, 3, 2, 1]
+
+
+def test_other_calls_are_refused(call):
+    with pytest.raises(UnsupportedCall, match="whole prompts"):
+        chosen_like(call, DENSE, top_mass)
+    windowed = AttentionCall(call.run, call.q, call.k, call.v, call.seqs, {"window": 9})
+    with pytest.raises(UnsupportedCall, match="whole prompts"):
+        chosen_like(windowed, PLAN, top_mass)
+
+
+def test_the_example_measures_all_of_them_on_the_bundled_model():
+    """Its first layers, where chance costs more than the oracle; the modules are as before."""
+    model = AutoModelForCausalLM.from_pretrained(
+        tile_choices.MODEL, dtype=torch.float32, num_hidden_layers=2
+    ).eval()
+    mtsa.sparsify(model, mtsa.SKIP_SOFTMAX_TRITON_DEFAULT)
+    text = Path(tile_choices.__file__).read_bytes()
+    found = tile_choices.measured(model, torch.tensor([[256, *text[:1023]]]))
+    assert list(found) == ["dense", "skip-softmax", *SELECTORS]
+    worse = {name: bits - found["dense"] for name, bits in found.items()}
+    assert worse["random"] > 2 * max(worse["skip-softmax"], worse["oracle"]) > 0, worse
+    assert all(module.observer is None and module.enabled for _, module in sparse_modules(model))
