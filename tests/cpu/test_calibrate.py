@@ -101,25 +101,38 @@ def test_decode_skips_by_its_own_threshold(calibrated):
     assert shares(model, "decode") == pytest.approx(0.3, abs=0.05)
 
 
-@torch.no_grad()
+def counted(model: nn.Module, *prompts: torch.Tensor) -> dict[int, Tally]:
+    """What the first module counts of prompts, by length."""
+    (_, module), *_ = sparse_modules(model)
+    recorder = Recorder(module.method.plan())
+    with observed({module: recorder}), torch.no_grad():
+        for prompt in prompts:
+            model(prompt)
+    return by_length(recorder.tallies, Phase.PREFILL)
+
+
 def test_a_prompt_is_counted_as_all_of_its_beginnings(model):
     """The counts of one prompt, cut by the length of a shorter one, are that one's, to the tile."""
     prompt = source(1100)
-
-    def counted(ids: torch.Tensor) -> dict[int, Tally]:
-        (_, module), *_ = sparse_modules(model)
-        recorder = Recorder(module.method.plan())
-        with observed({module: recorder}):
-            model(ids)
-        return by_length(recorder.tallies, Phase.PREFILL)
-
-    whole = counted(prompt)
+    whole = counted(model, prompt)
     assert list(whole) == [512, 1024, 1100]
     for length in (512, 1024):
-        alone = counted(prompt[:, :length])
+        alone = counted(model, prompt[:, :length])
         assert list(alone)[-1] == length
         assert torch.equal(alone[length].histogram, whole[length].histogram)
-    assert list(counted(prompt[:, :700])) == [512, 700]
+    assert list(counted(model, prompt[:, :700])) == [512, 700]
+
+
+def test_rows_weigh_alike_however_many_prompts_had_them(model):
+    """Of a long and a short prompt, the length of the long one has its own rows once, and the mean of the
+    first ones, which both have."""
+    long, short = source(1024), source(512, 5000)
+    both = counted(model, long, short)
+    of_long, of_short = counted(model, long), counted(model, short)
+    first = (of_long[512].histogram + of_short[512].histogram) / 2
+    assert torch.equal(both[512].histogram, first)
+    rest = of_long[1024].histogram - of_long[512].histogram
+    torch.testing.assert_close(both[1024].histogram, first + rest)
 
 
 @torch.no_grad()
