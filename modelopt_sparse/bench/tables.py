@@ -18,7 +18,6 @@ from typing import Any
 from modelopt_sparse.errors import ArgumentError, describe
 
 from .baselines import COPY, PRODUCT
-from .cases import OWN_DENSE
 from .report import load
 from .run import Row
 
@@ -26,7 +25,7 @@ BEGIN, END = "<!-- bench:", "<!-- /bench -->"
 BLOCK = re.compile(
     rf"({BEGIN} (\S+)((?: [\w-]+)+) -->\n)((?:(?!{BEGIN}).)*?)({END})", flags=re.DOTALL
 )
-HEADINGS = ("case", "others, the fastest first", "own dense", "bound", "skipped", "error")
+HEADINGS = ("case", "others, the fastest first", "own", "bound", "skipped", "error")
 
 
 def markdown_of(where: dict[str, Any], rows: Sequence[Row]) -> str:
@@ -41,7 +40,7 @@ def markdown_of(where: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def summary_of(where: dict[str, Any], rows: Sequence[Row]) -> str:
-    """What was measured on, and a line a case: its ratios to others' kernels, own dense and a bound.
+    """What was measured on, and a line a case: its ratios to others' kernels, to our own, and to a bound.
 
     Behind a ratio stands what is to be said of it; in place of all, why a case failed.
     """
@@ -52,12 +51,12 @@ def summary_of(where: dict[str, Any], rows: Sequence[Row]) -> str:
         if not timed:
             lines.append(_line((case, of_case[0].note, "", "", "", _error(of_case[0]))))
         else:
-            rivals = ", ".join(
-                f"{x.peer} {x.ratio:.2f}" + f" ({x.note})" * bool(x.note)
+            rivals = ", ".join(f"{x.peer} {_ratio(x)}" for x in timed if x.is_rival)
+            own = ", ".join(
+                f"{x.peer.removeprefix('own ')} {_ratio(x)}"
                 for x in timed
-                if x.is_rival
+                if not x.is_rival and x.peer not in (COPY, PRODUCT)
             )
-            own = "".join(f"{x.ratio:.2f}" for x in timed if x.peer == OWN_DENSE)
             bounds = ", ".join(
                 f"{x.peer.partition(' ')[0]} {x.ratio:.2f}"
                 for x in timed
@@ -106,6 +105,10 @@ def _table(headings: Sequence[str]) -> list[str]:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _ratio(row: Row) -> str:
+    return f"{row.ratio:.2f}" + f" ({row.note})" * bool(row.note)
 
 
 def _share(row: Row) -> str:

@@ -39,7 +39,7 @@ def rows_of(share, tile_cost, sparsity=0.5, **more):
         row("slow", 2.5, **more),
         row("fast", 2.0 * share, **more),
         row(OWN_DENSE, 2.0, is_rival=False, **more),
-        row("a bound", 0.1, is_rival=False, **more),
+        row(PRODUCT, 0.1, is_rival=False, **more),
     ]
 
 
@@ -189,7 +189,7 @@ def test_blocks_of_a_document_are_written_from_their_file(tmp_path):
         lines = document.read_text().splitlines()
         assert lines[:3] == ["before", "<!-- bench: rows.json skip -->", ""]
         assert lines[-2:] == ["<!-- /bench -->", "after"]
-        assert "| skip | fast 1.13, slow 1.67 | 1.33 |  | 50.0% | 0.0010 |" in lines
+        assert "| skip | fast 1.13, slow 1.67 | dense 1.33 | product 0.07 | 50.0% | 0.0010 |" in lines
         assert "old" not in lines
 
 
@@ -226,6 +226,13 @@ def test_a_summary_says_what_failed_and_what_was_not_checked():
     text = tables.summary_of({}, [*noted, failed])
     assert f"{rival.peer} {rival.ratio:.2f} (not checked)" in text
     assert "| wrong | FAILED: error 1.0 |  |  |  | 1.0000 |" in text
+
+
+def test_a_summary_shows_every_row_that_was_timed():
+    packed = Row("pages", "pages64", "own packed", ratio=0.99)
+    bound = Row("pages", "pages64", COPY, ratio=0.5)
+    text = tables.summary_of({}, [packed, bound])
+    assert "| pages64 |  | packed 0.99 | copy 0.50 |  |  |" in text
 
 
 def test_figures_of_the_readme_are_those_of_the_committed_file():
