@@ -20,6 +20,7 @@ from modelopt_sparse.kernels.types import Phase, Plan, TileMap
 
 # Of XAttention, the distance between antidiagonals; of MInference, the rows that its lines are found from.
 _STRIDE, _LAST_ROWS = 8, 64
+_ROWS_AT_ONCE = 512
 
 
 class Prompt(NamedTuple):
@@ -36,18 +37,27 @@ class Prompt(NamedTuple):
     block_keys: int
 
     def row_tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions [R] of each row tile, and its scores [Hq, R, N] over whole key tiles; -inf is hidden."""
+        """Some row tiles after others: positions [C, R], and scores [Hq, C, R, N] over whole key tiles.
+
+        -inf is hidden; so are all keys in rows behind the last one.
+        """
         n = self.q.shape[1]
         keys = torch.arange(-(-n // self.block_keys) * self.block_keys, device=self.q.device)
         k = torch.nn.functional.pad(self.k, (0, 0, 0, len(keys) - n))
-        for start in range(0, n, self.block_rows):
-            rows = torch.arange(start, min(start + self.block_rows, n), device=self.q.device)
-            scores = self.q[:, rows] @ k.transpose(1, 2)
-            yield rows, scores.masked_fill(keys > rows[:, None], -torch.inf)
+        at_once = max(_ROWS_AT_ONCE // self.block_rows, 1) * self.block_rows
+        for start in range(0, n, at_once):
+            end = min(start + at_once, -(-n // self.block_rows) * self.block_rows)
+            rows = torch.arange(start, end, device=self.q.device)
+            scores = self.q[:, rows.clamp(max=n - 1)] @ k.transpose(1, 2)
+            scores.masked_fill_((keys > rows[:, None]) | (rows[:, None] >= n), -torch.inf)
+            yield (
+                rows.view(-1, self.block_rows),
+                scores.view(len(scores), -1, self.block_rows, len(keys)),
+            )
 
     def by_tile(self, values: Tensor) -> Tensor:
-        """The sum of each key tile, of all rows: [Hq, R, N] -> [Hq, T]."""
-        return values.view(*values.shape[:2], -1, self.block_keys).sum((1, 3))
+        """The sum of each tile: [Hq, C, R, N] -> [Hq, C, T]."""
+        return values.view(*values.shape[:3], -1, self.block_keys).sum((2, 4))
 
 
 Selector = Callable[[Prompt], Tensor]
@@ -56,8 +66,8 @@ Selector = Callable[[Prompt], Tensor]
 
 def top_mass(prompt: Prompt) -> Tensor:
     """The oracle: the weight that the tile has."""
-    tiles = [prompt.by_tile(scores.softmax(-1)) for _, scores in prompt.row_tiles()]
-    return torch.stack(tiles, 1)
+    tiles = [prompt.by_tile(scores.softmax(-1).nan_to_num(0.0)) for _, scores in prompt.row_tiles()]
+    return torch.cat(tiles, 1)
 
 
 def random_tiles(prompt: Prompt) -> Tensor:
@@ -89,16 +99,15 @@ def antidiagonal(prompt: Prompt) -> Tensor:
     """The weight of the tile by every eighth antidiagonal. Source: XAttention (arXiv 2503.16428)."""
     tiles = []
     for _, scores in prompt.row_tiles():
-        missing = -scores.shape[1] % _STRIDE
+        missing = -scores.shape[2] % _STRIDE
         whole = torch.nn.functional.pad(scores, (0, 0, 0, missing), value=-torch.inf)
-        heads, rows, keys = whole.shape
-        squares = whole.view(heads, rows // _STRIDE, _STRIDE, keys // _STRIDE, _STRIDE)
-        line = squares.flip(-1).diagonal(dim1=2, dim2=4)  # [Hq, R / 8, N / 8, 8]
+        squares = whole.unflatten(3, (-1, _STRIDE)).unflatten(2, (-1, _STRIDE))
+        line = squares.flip(-1).diagonal(dim1=3, dim2=5)  # [Hq, C, R / 8, N / 8, 8]
         seen = line.isfinite()
         means = line.masked_fill(~seen, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
         weights = means.masked_fill(~seen.any(-1), -torch.inf).softmax(-1).nan_to_num(0.0)
-        tiles.append(weights.view(*weights.shape[:2], -1, prompt.block_keys // _STRIDE).sum((1, 3)))
-    return torch.stack(tiles, 1)
+        tiles.append(weights.unflatten(3, (-1, prompt.block_keys // _STRIDE)).sum((2, 4)))
+    return torch.cat(tiles, 1)
 
 
 def vertical_slash(prompt: Prompt) -> Tensor:
@@ -116,11 +125,54 @@ def vertical_slash(prompt: Prompt) -> Tensor:
     tiles = []
     for rows, seen in prompt.row_tiles():
         columns = torch.arange(seen.shape[-1], device=rows.device)
-        lines = slash[:, (rows[:, None] - columns).clamp(min=0)]
-        columns_mass = vertical[:, columns.clamp(max=n - 1)][:, None]
+        lines = slash[:, (rows[..., None] - columns).clamp(0, n - 1)]
+        columns_mass = vertical[:, None, None, columns.clamp(max=n - 1)]
         tiles.append(prompt.by_tile((lines + columns_mass).masked_fill(seen == -torch.inf, 0.0)))
-    return torch.stack(tiles, 1)
+    return torch.cat(tiles, 1)
 
+
+def _margin(order: Callable[[int, int], list[int]]) -> Selector:
+    """How far the tile's scores come to the largest before, in the best row: skip-softmax in another order.
+
+    Args:
+        order: the tiles in the order of the visit, given the last one that a row tile sees and their number.
+    """
+
+    def margins(prompt: Prompt) -> Tensor:
+        tiles = []
+        for rows, scores in prompt.row_tiles():
+            highest = scores.unflatten(3, (-1, prompt.block_keys)).amax(-1)  # [Hq, C, R, T]
+            ends = rows[:, -1].clamp(max=prompt.q.shape[1] - 1) // prompt.block_keys
+            visits = [order(last, highest.shape[-1]) for last in ends.tolist()]
+            visit = torch.tensor(visits, device=rows.device)[:, None].expand_as(highest)
+            seen = highest.gather(3, visit)
+            margin = (seen - seen.cummax(-1).values).nan_to_num(-torch.inf).amax(2)
+            tiles.append(torch.empty_like(margin).scatter_(2, visit[:, :, 0], margin))
+        return torch.cat(tiles, 1)
+
+    return margins
+
+
+def _left_to_right(last: int, count: int) -> list[int]:
+    return list(range(count))
+
+
+def _last_downward(last: int, count: int) -> list[int]:
+    return [*range(last, -1, -1), *range(last + 1, count)]
+
+
+def _last_first_downward(last: int, count: int) -> list[int]:
+    return list(dict.fromkeys([last, 0, *_last_downward(last, count)]))
+
+
+ORDERS: Mapping[str, Selector] = {
+    "last, first, downward": _margin(_last_first_downward),
+    "last, downward": _margin(_last_downward),
+    "left to right": _margin(_left_to_right),
+}
+"""Skip-softmax in its own order of visits and in others, by the names that tables show. Of each head there
+is one lambda, which is that of as many tiles.
+"""
 
 SELECTORS: Mapping[str, Selector] = {
     "oracle": top_mass,
