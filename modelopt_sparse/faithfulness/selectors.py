@@ -101,12 +101,14 @@ def antidiagonal(prompt: Prompt) -> Tensor:
     for _, scores in prompt.row_tiles():
         missing = -scores.shape[2] % _STRIDE
         whole = torch.nn.functional.pad(scores, (0, 0, 0, missing), value=-torch.inf)
-        squares = whole.unflatten(3, (-1, _STRIDE)).unflatten(2, (-1, _STRIDE))
+        heads, count, rows, keys = whole.shape
+        squares = whole.view(heads, count, rows // _STRIDE, _STRIDE, keys // _STRIDE, _STRIDE)
         line = squares.flip(-1).diagonal(dim1=3, dim2=5)  # [Hq, C, R / 8, N / 8, 8]
         seen = line.isfinite()
         means = line.masked_fill(~seen, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
         weights = means.masked_fill(~seen.any(-1), -torch.inf).softmax(-1).nan_to_num(0.0)
-        tiles.append(weights.unflatten(3, (-1, prompt.block_keys // _STRIDE)).sum((2, 4)))
+        by_key_tile = weights.view(*weights.shape[:3], -1, prompt.block_keys // _STRIDE)
+        tiles.append(by_key_tile.sum((2, 4)))
     return torch.cat(tiles, 1)
 
 
@@ -141,7 +143,8 @@ def _margin(order: Callable[[int, int], list[int]]) -> Selector:
     def margins(prompt: Prompt) -> Tensor:
         tiles = []
         for rows, scores in prompt.row_tiles():
-            highest = scores.unflatten(3, (-1, prompt.block_keys)).amax(-1)  # [Hq, C, R, T]
+            by_tile = scores.view(*scores.shape[:3], -1, prompt.block_keys)
+            highest = by_tile.amax(-1)  # [Hq, C, R, T]
             ends = rows[:, -1].clamp(max=prompt.q.shape[1] - 1) // prompt.block_keys
             visits = [order(last, highest.shape[-1]) for last in ends.tolist()]
             visit = torch.tensor(visits, device=rows.device)[:, None].expand_as(highest)

@@ -189,7 +189,9 @@ def test_blocks_of_a_document_are_written_from_their_file(tmp_path):
         lines = document.read_text().splitlines()
         assert lines[:3] == ["before", "<!-- bench: rows.json skip -->", ""]
         assert lines[-2:] == ["<!-- /bench -->", "after"]
-        assert "| skip | fast 1.13, slow 1.67 | dense 1.33 | product 0.07 | 50.0% | 0.0010 |" in lines
+        assert (
+            "| skip | fast 1.13, slow 1.67 | dense 1.33 | product 0.07 | 50.0% | 0.0010 |" in lines
+        )
         assert "old" not in lines
 
 
