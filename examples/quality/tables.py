@@ -1,15 +1,13 @@
-"""Cells as Markdown, in the marked blocks of a page, and their plots.
+"""Cells as Markdown, in the marked blocks of a page.
 
     python -m examples.quality.tables a.json b.json --json docs/quality/h200.json
-    python -m examples.quality.tables docs/quality/h200.json --into docs/quality.md
+    python -m examples.quality.tables --into docs/quality.md
 
-A block begins with ``<!-- quality: GROUP -->`` or ``<!-- quality: tasks -->`` and ends with
-``<!-- /quality -->``.
+A block names a file and a group of variants, or ``tasks``, each task under each preset.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,9 +16,13 @@ from typing import Annotated
 import typer
 
 from examples.quality.cells import TEXT, Cell, added, load, save
+from examples.quality.variants import GROUPS
+from examples.tiny_lm.tasks import TASKS
+from modelopt_sparse.bench.blocks import Blocks
 from modelopt_sparse.faithfulness.intervals import Interval
 
-BLOCK = re.compile(r"(<!-- quality: (\w+) -->\n).*?(<!-- /quality -->)", flags=re.DOTALL)
+BLOCKS = Blocks("quality")
+TASK_TABLE = "tasks"
 PRESETS = "presets"
 
 
@@ -35,31 +37,27 @@ def summary(cell: Cell) -> str:
 
 def group_table(cells: Sequence[Cell], group: str) -> str:
     """Variants of a group by length: tiles skipped, bits per byte, and the task that lost most."""
-    heads = ("length", "", "skipped", "bits per byte, more than dense", "tasks together", "worst")
-    lines = _begin(heads)
+    lines = _begin(("length", group, "skipped", "bits per byte", "all tasks", "worst task", "of"))
     own = sorted((cell for cell in cells if cell.group == group), key=lambda cell: cell.length)
     for length, of_length in groupby(own, key=lambda cell: cell.length):
         of_all = list(of_length)
-        shares = [cell.sparsity for cell in of_all if cell.task == TEXT and cell.sparsity]
-        for variant in dict.fromkeys(cell.variant for cell in of_all):
-            of_variant = [cell for cell in of_all if cell.variant == variant]
-            text = next((cell for cell in of_variant if cell.task == TEXT), None)
-            tasks = [cell for cell in of_variant if cell.task != TEXT]
+        for variant in (each.name for each in GROUPS[group]):
+            found = {cell.task: cell for cell in of_all if cell.variant == variant}
+            text = found.pop(TEXT, None)
+            tasks = [found[name] for name in TASKS if name in found]
             worst = max(tasks, key=lambda cell: cell.drop, default=None)
-            share = text.sparsity if text else None
-            # Chosen tiles are as many as those of skip-softmax, which counts them.
-            skipped = f"{share:.1%}" if share else "as many" if shares else ""
             lines.append(
                 _line(
-                    str(length),
+                    f"{length}",
                     variant,
-                    skipped,
+                    _skipped(text, group),
                     _more(text) if text else "",
                     _points(_together(tasks)) if tasks else "",
-                    f"{worst.task} {_points(worst)}" if worst else "",
+                    f"{worst.task} {_points(worst)}" if worst and worst.drop > 0 else "",
+                    f"{sum(cell.samples for cell in tasks)}" if tasks else "",
                 )
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def tasks_table(cells: Sequence[Cell]) -> str:
@@ -67,7 +65,8 @@ def tasks_table(cells: Sequence[Cell]) -> str:
     own = [cell for cell in cells if cell.group == PRESETS and cell.task != TEXT]
     variants = list(dict.fromkeys(cell.variant for cell in own))
     lines = _begin(("task", "length", "dense", *(f"`{name}`" for name in variants)))
-    for task, length in dict.fromkeys((cell.task, cell.length) for cell in own):
+    places = {(cell.task, cell.length) for cell in own}
+    for task, length in sorted(places, key=lambda place: (list(TASKS).index(place[0]), place[1])):
         of_place = {
             cell.variant: cell for cell in own if (cell.task, cell.length) == (task, length)
         }
@@ -77,23 +76,21 @@ def tasks_table(cells: Sequence[Cell]) -> str:
             cell = of_place[name]
             shares.append(_share(cell.sparse / cell.samples, cell.sparse_interval))
         lines.append(_line(task, str(length), *shares))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def refreshed(text: str, where: dict[str, str], cells: Sequence[Cell]) -> str:
-    """A page with its blocks written anew."""
-    said = ", ".join(f"{name} {value}" for name, value in where.items() if value)
+def refreshed(document: Path) -> str:
+    """The text of a page with its blocks written anew from their files."""
 
-    def block(found: re.Match[str]) -> str:
-        begin, name, end = found.groups()
-        table = tasks_table(cells) if name == "tasks" else group_table(cells, name)
-        return f"{begin}\n{said}\n\n{table}\n{end}"
+    def content(file: Path, names: list[str]) -> str:
+        where, cells = load(file)
+        tables = [
+            tasks_table(cells) if name == TASK_TABLE else group_table(cells, name) for name in names
+        ]
+        said = ", ".join(f"{name} {value}" for name, value in where.items() if value)
+        return "\n\n".join(["", said, *tables, ""])
 
-    if not BLOCK.search(text):
-        raise ValueError(
-            "got a page without blocks; takes <!-- quality: GROUP --> ... <!-- /quality -->"
-        )
-    return BLOCK.sub(block, text)
+    return BLOCKS.rewritten(document, content)
 
 
 def _together(cells: Sequence[Cell]) -> Cell:
@@ -116,7 +113,16 @@ def _more(cell: Cell) -> str:
 
 def _points(cell: Cell) -> str:
     low, high = cell.drop_interval
-    return f"{-100 * cell.drop:+.1f} ({-100 * high:+.1f} to {-100 * low:+.1f})"
+    points = 100 * (cell.gained - cell.lost) / cell.samples
+    return f"{points:+.1f} ({-100 * high:+.1f} to {-100 * low:+.1f})"
+
+
+def _skipped(text: Cell | None, group: str) -> str:
+    if text is None:
+        return ""
+    # Tiles that are given aren't counted: they are as many as skip-softmax keeps.
+    as_many = group in ("selectors", "orders")
+    return f"{text.sparsity:.1%}" if text.sparsity is not None else "as many" * as_many
 
 
 def _share(share: float, interval: Interval) -> str:
@@ -132,26 +138,22 @@ def _line(*parts: str) -> str:
 
 
 def main(
-    files: Annotated[list[Path], typer.Argument(help="What runs wrote, on one kind of machine.")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="What runs of one model wrote.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="All in one file.")] = None,
     into: Annotated[
         Path | None, typer.Option(help="A page, whose blocks are written anew.")
     ] = None,
-    plots: Annotated[Path | None, typer.Option(help="A folder to draw into.")] = None,
 ) -> None:
-    """Add up the cells of files, and show them."""
-    loaded = [load(path) for path in files]
-    where = loaded[0][0]
-    cells = added(cell for _, found in loaded for cell in found)
-    if json_file is not None:
-        save(json_file, where, cells)
+    """Add up the cells of files, or write the blocks of a page."""
     if into is not None:
-        into.write_text(refreshed(into.read_text(), where, cells))
-    if plots is not None:
-        from examples.quality.plots import save_plots
-
-        save_plots(plots, cells)
-    if json_file is None and into is None and plots is None:
+        into.write_text(refreshed(into))
+    loaded = [load(path) for path in files or ()]
+    cells = added(cell for _, found in loaded for cell in found)
+    if json_file is not None and loaded:
+        save(json_file, loaded[0][0], cells)
+    else:
         for cell in cells:
             typer.echo(summary(cell))
 

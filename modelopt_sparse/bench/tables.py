@@ -1,14 +1,13 @@
 """Saved rows as Markdown, alone or in the marked blocks of a document.
 
 ``python -m modelopt_sparse.bench.tables rows.json`` prints every row;
-``python -m modelopt_sparse.bench.tables --into README.md`` writes blocks anew. A block begins with the line
-``<!-- bench: FILE GROUP... -->``, FILE seen from the document's folder, and ends with ``<!-- /bench -->``.
+``python -m modelopt_sparse.bench.tables --into README.md`` writes `blocks` of kind ``bench`` anew, whose
+names are groups of cases.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -18,13 +17,11 @@ from typing import Any
 from modelopt_sparse.errors import ArgumentError, describe
 
 from .baselines import COPY, PRODUCT
+from .blocks import Blocks
 from .report import load
 from .run import Row
 
-BEGIN, END = "<!-- bench:", "<!-- /bench -->"
-BLOCK = re.compile(
-    rf"({BEGIN} (\S+)((?: [\w-]+)+) -->\n)((?:(?!{BEGIN}).)*?)({END})", flags=re.DOTALL
-)
+BLOCKS = Blocks("bench")
 HEADINGS = ("case", "others, the fastest first", "own", "bound", "skipped", "error")
 
 
@@ -70,29 +67,20 @@ def refreshed(document: Path) -> str:
     """The text of a document with its blocks written anew from their files.
 
     Raises:
-        ArgumentError: there is no block, or one has no end or no group, or names a group of which its file
-            has no row.
+        ArgumentError: as `Blocks.rewritten`, or a block names a group of which its file has no row.
         OSError, ValueError, TypeError, KeyError: as `report.load`.
     """
 
-    def block(found: re.Match[str]) -> str:
-        begin, name, groups, _, end = found.groups()
-        where, rows = load(document.parent / name)
-        chosen = groups.split()
-        lacks = set(chosen) - {row.group for row in rows}
+    def content(file: Path, groups: list[str]) -> str:
+        where, rows = load(file)
+        lacks = set(groups) - {row.group for row in rows}
         if lacks:
-            raise ArgumentError(describe("block", " ".join(sorted(lacks)), f"groups of {name}"))
-        return begin + "\n" + summary_of(where, [x for x in rows if x.group in chosen]) + "\n" + end
+            raise ArgumentError(
+                describe("block", " ".join(sorted(lacks)), f"groups of {file.name}")
+            )
+        return summary_of(where, [row for row in rows if row.group in groups])
 
-    text = document.read_text()
-    begun, whole = text.count(BEGIN), len(BLOCK.findall(text))
-    if not whole or begun != whole:
-        got, takes = (
-            f"{begun} begun, {whole} whole",
-            f"{BEGIN} FILE GROUP... --> to {END}, one or more",
-        )
-        raise ArgumentError(describe("blocks", got, takes))
-    return BLOCK.sub(block, text)
+    return BLOCKS.rewritten(document, content)
 
 
 def _said(where: dict[str, Any]) -> str:

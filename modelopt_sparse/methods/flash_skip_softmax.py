@@ -83,7 +83,7 @@ class FlashSkipSoftmaxConfig(SkipSoftmaxConfig):
     method: Literal["flash_skip_softmax"] = "flash_skip_softmax"
     backend: Literal["triton", "pytorch"] = "pytorch"
     thresholds: Annotated[PhaseThresholds, BeforeValidator(_by_phase)] = PhaseThresholds(
-        prefill=(1e-3,), decode=(1e-4,)
+        prefill=(0.1,), decode=(1e-4,)
     )
     br: TileSize = 64
     bc: TileSize = 128

@@ -239,7 +239,7 @@ def test_a_summary_shows_every_row_that_was_timed():
 
 def test_figures_of_the_readme_are_those_of_the_committed_file():
     readme = Path(__file__).parents[2] / "README.md"
-    assert tables.BLOCK.search(readme.read_text())
+    assert tables.BLOCKS.shown(readme.read_text())
     assert tables.refreshed(readme) == readme.read_text()
 
 

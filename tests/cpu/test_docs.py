@@ -144,9 +144,9 @@ def test_figures_are_those_of_the_committed_files():
         _, rows = tables.load(results)
         shown = {
             group
-            for _, name, groups, _, _ in tables.BLOCK.findall(text)
+            for name, groups in tables.BLOCKS.shown(text)
             if name == f"benchmarks/{results.name}"
-            for group in groups.split()
+            for group in groups
         }
         assert shown == {row.group for row in rows}
 

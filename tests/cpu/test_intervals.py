@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modelopt_sparse.faithfulness.intervals import clusters, mean_interval, share_interval
+from modelopt_sparse.faithfulness.intervals import (
+    clusters,
+    mean_interval,
+    paired_interval,
+    share_interval,
+)
 
 
 def test_of_groups_of_one_size_it_is_the_t_interval_of_their_means():
@@ -63,3 +68,26 @@ def test_neighbours_that_are_alike_widen_the_interval():
 ])  # fmt: skip
 def test_shares_have_wilsons_interval(successes, trials, interval):
     assert share_interval(successes, trials, 0.95) == pytest.approx(interval, abs=2e-6)
+
+
+def test_a_paired_difference_is_that_of_the_trials_in_which_only_one_succeeded():
+    # (12.5 - 4.5) / 102 and its error, sqrt(17 - 64 / 102) / 102; z(0.975) = 1.959964.
+    mean, half = 8 / 102, 1.959964 * (17 - 64 / 102) ** 0.5 / 102
+    wanted = pytest.approx((mean - half, mean + half), rel=1e-6)
+    assert paired_interval(12, 4, 100, 0.95) == wanted
+    assert paired_interval(4, 12, 100, 0.95) == pytest.approx(
+        (-mean - half, -mean + half), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.01, 0.01), (0.1, 0.02), (0.0, 0.0)])
+def test_nineteen_of_twenty_paired_intervals_hold_the_difference(lost, gained):
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([lost, gained, 1 - lost - gained])
+    draws = shares.multinomial(500 * 400, replacement=True, generator=generator).view(400, 500)
+    held = 0
+    for draw in draws:
+        counts = draw.bincount(minlength=3).tolist()
+        low, high = paired_interval(counts[0], counts[1], 500, 0.95)
+        held += low <= lost - gained <= high
+    assert held >= 0.92 * 400

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-import modelopt_sparse as mtsa
-from examples import tile_choices
 from modelopt_sparse.calls import AttentionCall
 from modelopt_sparse.errors import UnsupportedCall
-from modelopt_sparse.faithfulness.selectors import SELECTORS, Prompt, chosen_like, top_mass
+from modelopt_sparse.faithfulness import selectors
+from modelopt_sparse.faithfulness.selectors import (
+    ORDERS,
+    SELECTORS,
+    Prompt,
+    chosen_like,
+    top_mass,
+)
 from modelopt_sparse.kernels import DENSE, Plan, SkipSoftmax, attention_reference
-from modelopt_sparse.module_state import sparse_modules
 from tests.inputs import topical
 
 PLAN = Plan(skip=SkipSoftmax(0.5, 16, 16))
@@ -102,13 +103,22 @@ def test_other_calls_are_refused(call):
         chosen_like(windowed, PLAN, top_mass)
 
 
-def test_the_example_measures_all_of_them_on_the_bundled_model():
-    """Chance costs more than the oracle, and the modules are as before."""
-    model = AutoModelForCausalLM.from_pretrained(tile_choices.MODEL, dtype=torch.float32).eval()
-    mtsa.sparsify(model, mtsa.SKIP_SOFTMAX_TRITON_DEFAULT)
-    text = Path(tile_choices.__file__).read_bytes()
-    found = tile_choices.measured(model, torch.tensor([[256, *text[:699]]]))
-    assert list(found) == ["dense", "skip-softmax", *SELECTORS]
-    worse = {name: bits - found["dense"] for name, bits in found.items()}
-    assert worse["random"] > 2 * max(worse["skip-softmax"], worse["oracle"]) > 0, worse
-    assert all(module.observer is None and module.enabled for _, module in sparse_modules(model))
+def test_in_its_own_order_the_margin_is_what_skip_softmax_decides_by(call):
+    """With one lambda for each head. In other orders other tiles stay."""
+    wanted = call(PLAN, details=True).kept
+    own = chosen_like(call, PLAN, ORDERS["last, first, downward"]).unpacked()
+    for name, selector in ORDERS.items():
+        found = chosen_like(call, PLAN, selector).unpacked()
+        same = [torch.equal(a, b) for a, b in zip(found, own, strict=True) if a is not None]
+        assert all(same) == (name == "last, first, downward")
+    assert all(torch.equal(a, b) for a, b in zip(own, wanted, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("name", {**SELECTORS, **ORDERS})
+def test_scores_do_not_depend_on_how_many_row_tiles_are_taken_at_once(name, monkeypatch):
+    q, k = torch.randn(2, 3, 150, 16, generator=torch.Generator().manual_seed(1))
+    prompt = Prompt(q, k, 16, 32)
+    selector = {**SELECTORS, **ORDERS}[name]
+    at_once = selector(prompt)
+    monkeypatch.setattr(selectors, "_ROWS_AT_ONCE", 16)
+    torch.testing.assert_close(selector(prompt), at_once)
