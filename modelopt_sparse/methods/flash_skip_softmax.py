@@ -7,11 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from modelopt_sparse.kernels.types import Plan, SkipSoftmax, SkipSoftmaxDecode
+from modelopt_sparse.kernels.types import Plan, SkipSoftmax
 
 from .base import SparseMethod
 from .calibrated import CalibratedThreshold, PhaseName, SkipSoftmaxConfig, Threshold, in_plan
-from .fields import MinContext, OptionalHeads, TileSize, least_context, not_taken
+from .decode_tile import DecodeTileFields, in_decode
+from .fields import MinContext, TileSize, least_context, not_taken
 from .registry import register_sparse_method
 
 
@@ -59,7 +60,7 @@ def _by_phase(value: Any) -> Any:
     return dict(value)
 
 
-class FlashSkipSoftmaxConfig(SkipSoftmaxConfig):
+class FlashSkipSoftmaxConfig(DecodeTileFields, SkipSoftmaxConfig):
     """Configuration of `FlashSkipSoftmax`.
 
     Args:
@@ -67,9 +68,6 @@ class FlashSkipSoftmaxConfig(SkipSoftmaxConfig):
             The first applies, the others are only counted. A first value of 0, and a phase that is
             left out, is dense.
         br, bc: rows and keys of the prefill decision tile: 16, 32, 64 or 128. Part of the result.
-        decode_block_keys: keys of a decision tile in decode: 16, 32, 64 or 128. Part of the result.
-        decode_vote_heads: query heads that decide together in decode, a divisor of those that share a KV
-            head. None: all of these. Part of the result.
     """
 
     abandoned: ClassVar[Mapping[str, str]] = {
@@ -87,8 +85,6 @@ class FlashSkipSoftmaxConfig(SkipSoftmaxConfig):
     )
     br: TileSize = 64
     bc: TileSize = 128
-    decode_block_keys: TileSize = 64
-    decode_vote_heads: OptionalHeads = None
 
     def threshold(self, phase: PhaseName) -> float | CalibratedThreshold | None:
         """What the phase has now; None or 0 is dense."""
@@ -121,19 +117,12 @@ class FlashSkipSoftmax(SparseMethod[FlashSkipSoftmaxConfig]):
         config = self.config
         prefill, decode = map(_split, (config.thresholds.prefill, config.thresholds.decode))
         least = least_context(config.min_context)
-        skip = in_decode = None
+        skip = None
         if any(prefill.values()):
             skip = SkipSoftmax(
                 **prefill, block_rows=config.br, block_keys=config.bc, min_context=least
             )
-        if any(decode.values()):
-            in_decode = SkipSoftmaxDecode(
-                **decode,
-                block_keys=config.decode_block_keys,
-                vote_heads=config.decode_vote_heads,
-                min_context=least,
-            )
-        return Plan(skip=skip, skip_decode=in_decode)
+        return Plan(skip=skip, skip_decode=in_decode(config, decode, least))
 
 
 def _split(lambdas: tuple[float | CalibratedThreshold, ...] | None) -> dict[str, Any]:

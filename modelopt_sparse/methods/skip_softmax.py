@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
-from modelopt_sparse.kernels.types import Plan, SkipSoftmax, SkipSoftmaxDecode
+from modelopt_sparse.kernels.types import Plan, SkipSoftmax
 
 from .base import SparseMethod
 from .calibrated import (
@@ -15,20 +15,18 @@ from .calibrated import (
     SkipSoftmaxConfig,
     in_plan,
 )
-from .fields import MinContext, OptionalHeads, TileSize, least_context
+from .decode_tile import DecodeTileFields, in_decode
+from .fields import MinContext, least_context
 from .registry import register_sparse_method
 
 
-class TritonSkipFields(SkipSoftmaxConfig):
+class TritonSkipFields(DecodeTileFields, SkipSoftmaxConfig):
     """What to skip, by phase.
 
     Args:
         skip_softmax_threshold: lambda of the prefill phase: a fraction from 0 to 1, or what
             `modelopt_sparse.calibrate` found. None or 0 is dense.
         skip_softmax_decode_threshold: lambda of the decode phase, likewise.
-        decode_block_keys: keys of a decision tile in decode: 16, 32, 64 or 128. Part of the result.
-        decode_vote_heads: query heads that decide together in decode, a divisor of those that share a KV
-            head. None: all of these. Part of the result.
     """
 
     abandoned: ClassVar[Mapping[str, str]] = {
@@ -39,8 +37,6 @@ class TritonSkipFields(SkipSoftmaxConfig):
 
     skip_softmax_threshold: OptionalThreshold = 0.1
     skip_softmax_decode_threshold: OptionalThreshold = None
-    decode_block_keys: TileSize = 64
-    decode_vote_heads: OptionalHeads = None
 
     def threshold(self, phase: PhaseName) -> float | CalibratedThreshold | None:
         """What the phase has now; None or 0 is dense."""
@@ -84,14 +80,7 @@ def skip_plan(config: TritonSkipFields) -> Plan:
         in_plan, (config.skip_softmax_threshold, config.skip_softmax_decode_threshold)
     )
     least = least_context(config.min_context)
-    skip = in_decode = None
+    skip = None
     if any(prefill.values()):
         skip = SkipSoftmax(**prefill, block_rows=64, block_keys=128, min_context=least)
-    if any(decode.values()):
-        in_decode = SkipSoftmaxDecode(
-            **decode,
-            block_keys=config.decode_block_keys,
-            vote_heads=config.decode_vote_heads,
-            min_context=least,
-        )
-    return Plan(skip=skip, skip_decode=in_decode)
+    return Plan(skip=skip, skip_decode=in_decode(config, decode, least))

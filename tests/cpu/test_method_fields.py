@@ -87,6 +87,8 @@ BAD_VALUES = {
     (FLASH, "br"): [*NOT_INTEGERS, 0, 8, 63, 65, 256, "256"],
     (SKIP, "decode_block_keys"): [*NOT_INTEGERS, 0, 8, 63, 65, 256, "256"],
     (FLASH, "decode_block_keys"): [*NOT_INTEGERS, 0, 8, 63, 65, 256, "256"],
+    (SKIP, "decode_segment_keys"): [*NOT_INTEGERS, 0, 64, 1000, 131072, "64"],
+    (FLASH, "decode_segment_keys"): [*NOT_INTEGERS, 0, 64, 1000, 131072, "64"],
     (SKIP, "decode_vote_heads"): [*(x for x in NOT_INTEGERS if x is not None), 0, -1, "0"],
     (FLASH, "decode_vote_heads"): [*(x for x in NOT_INTEGERS if x is not None), 0, -1, "0"],
     (SKIP, "min_context"): [*NOT_INTEGERS, -1, "-1", "Auto", "auto ", MAX_TOKENS + 1],
@@ -224,6 +226,7 @@ def test_defaults_are_what_the_documentation_says():
         "skip_softmax_threshold": 0.1,
         "skip_softmax_decode_threshold": None,
         "decode_block_keys": 64,
+        "decode_segment_keys": 4096,
         "decode_vote_heads": None,
         "min_context": 0,
     }
@@ -238,10 +241,11 @@ def test_defaults_are_what_the_documentation_says():
     assert FlashSkipSoftmaxConfig().model_dump() == {
         "method": FLASH,
         "backend": "pytorch",
-        "thresholds": {"prefill": (1e-3,), "decode": (1e-4,)},
+        "thresholds": {"prefill": (0.1,), "decode": (1e-4,)},
         "br": 64,
         "bc": 128,
         "decode_block_keys": 64,
+        "decode_segment_keys": 4096,
         "decode_vote_heads": None,
         "min_context": 0,
     }

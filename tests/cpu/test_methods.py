@@ -45,11 +45,11 @@ def skip(threshold, rows=64, keys=128, counted=(), least=0):
     }
 
 
-def skip_decode(threshold, counted=(), keys=64, heads=None, least=0):
+def skip_decode(threshold, counted=(), keys=64, heads=None, least=0, segment=4096):
     return {
         "threshold": threshold,
         "block_keys": keys,
-        "segment_keys": 4096,
+        "segment_keys": segment,
         "vote_heads": heads,
         "count_thresholds": counted,
         "exact_normalizer": False,
@@ -73,6 +73,10 @@ def skip_decode(threshold, counted=(), keys=64, heads=None, least=0):
         (
             {"skip_softmax_decode_threshold": 0.2, "decode_block_keys": 32, "decode_vote_heads": 1},
             (None, skip(0.1), skip_decode(0.2, keys=32, heads=1)),
+        ),
+        (
+            {"skip_softmax_decode_threshold": 0.2, "decode_segment_keys": "1024"},
+            (None, skip(0.1), skip_decode(0.2, segment=1024)),
         ),
         (
             {"skip_softmax_threshold": 0, "skip_softmax_decode_threshold": 0.2},
