@@ -19,14 +19,18 @@ def comparison_table(comparison: Comparison) -> Group:
 def _tokens(comparison: Comparison) -> Table:
     number, plural = comparison.sequences, "s" if comparison.sequences > 1 else ""
     title = f"Dense against sparse: {comparison.tokens:,} tokens of {number:,} sequence{plural}"
-    of = "sequences" if number > 1 else "blocks of the sequence"
-    caption = f"Intervals over {comparison.clusters:,} {of}, last one over tokens"
-    table = Table(title=title, caption=caption)
+    table = Table(title=title, caption=token_caption(comparison))
     for index, heading in enumerate(token_headings(comparison)):
         table.add_column(heading, justify="right" if index else "left")
     for row in token_rows(comparison):
         table.add_row(*row)
     return table
+
+
+def token_caption(comparison: Comparison) -> str:
+    """Over what the intervals of `token_rows` are."""
+    of = "sequences" if comparison.sequences > 1 else "blocks of the sequence"
+    return f"Intervals over {comparison.clusters:,} {of}, last one over tokens"
 
 
 def token_headings(comparison: Comparison) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from xml.etree.ElementTree import Element, tostring
 
 Child = Element | str
@@ -22,15 +22,33 @@ def el(tag: str, *children: Child, **attributes: object) -> Element:
     return found
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Element:
-    """A table; the first of its columns names the rows."""
-    head = el("tr", *(el("th", heading, scope="col") for heading in headings))
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[str] = ()
+) -> Element:
+    """A table; the first of its columns names the rows.
+
+    Args:
+        words: headings of columns that hold words rather than numbers.
+    """
+    looks = [{"class_": "words"} if heading in words else {} for heading in headings]
+    head = [
+        el("th", heading, scope="col", **look)
+        for heading, look in zip(headings, looks, strict=True)
+    ]
     body = [
-        el("tr", el("th", name, scope="row"), *(el("td", cell) for cell in cells))
+        el(
+            "tr",
+            el("th", name, scope="row"),
+            *(el("td", cell, **look) for cell, look in zip(cells, looks[1:], strict=True)),
+        )
         for name, *cells in rows
     ]
     # Wide ones scroll, rather than the page.
-    return el("div", el("table", el("thead", head), el("tbody", *body)), class_="wide")
+    return el(
+        "div",
+        el("table", el("thead", el("tr", *head)), el("tbody", *body)),
+        class_="wide",
+    )
 
 
 def document(title: str, style: str, *children: Child) -> str:

@@ -17,23 +17,10 @@ from modelopt_sparse.version import __version__
 from .elements import document, el
 from .heat_map import heat_map
 from .sections import calibration, quality, speed
+from .style import STYLE
 
 if TYPE_CHECKING:
     from modelopt_sparse.bench.run import Row
-
-STYLE = """
-body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #ffffff }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #dddddd }
-.wide { overflow-x: auto }
-table { border-collapse: collapse }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eeeeee }
-th { text-align: left; font-weight: 600 }
-figure { margin: 1rem 0 }
-figcaption, footer { color: #555555 }
-svg text { font: 11px system-ui, sans-serif }
-pre { overflow-x: auto; background: #f6f6f6; padding: 1rem }
-"""
 
 Stats = Mapping[str, Mapping[str, Any]]
 
@@ -69,9 +56,9 @@ def html_report(
         el("h1", f"Sparse attention: {name}"),
         el("p", said),
         el("h2", "Quality"),
-        quality(comparison),
+        *quality(comparison),
         el("h2", "By layer and head"),
-        *_heat_maps(comparison, stats),
+        el("div", *_heat_maps(comparison, stats), class_="maps"),
         *calibration(model, check),
         *([] if bench is None else speed(*bench)),
         el("h2", "Configuration"),
@@ -81,20 +68,26 @@ def html_report(
 
 
 def _heat_maps(comparison: Comparison, stats: Stats) -> list[Element]:
-    found = []
+    """Tiles skipped, and errors, by phase; the same shade is the same share in both phases."""
+    skipped, errors = {}, {}
     for phase in ("prefill", "decode"):
-        skipped = {
+        skipped[f"Tiles skipped in {phase}"] = {
             name: [s / max(v, 1) for s, v in zip(own["skipped"], own["visible"], strict=True)]
             for name, entry in stats.items()
             if (own := entry[phase]) is not None
         }
-        if skipped:
-            found.append(heat_map(f"Tiles skipped in {phase}", skipped))
-        errors = {
+        errors[f"Error of the attention output in {phase}"] = {
             name: own.relative_error.heads
             for name, module in comparison.modules.items()
             if (own := getattr(module, phase)) is not None
         }
-        if errors:
-            found.append(heat_map(f"Error of the attention output in {phase}", errors))
-    return found
+    return [
+        heat_map(title, shares, unit, _largest(maps))
+        for maps, unit in ((skipped, "of visible tiles"), (errors, "of the dense output's norm"))
+        for title, shares in maps.items()
+        if shares
+    ]
+
+
+def _largest(maps: Mapping[str, Mapping[str, Sequence[float]]]) -> float:
+    return max(x for shares in maps.values() for row in shares.values() for x in row)

@@ -10,7 +10,7 @@ from torch import nn
 
 from modelopt_sparse.calibration.check_results import HEADINGS, CalibrationCheck
 from modelopt_sparse.faithfulness.results import Comparison
-from modelopt_sparse.faithfulness.table import token_headings, token_rows
+from modelopt_sparse.faithfulness.table import token_caption, token_headings, token_rows
 from modelopt_sparse.methods.calibrated import (
     PHASES,
     CalibratedThreshold,
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 LENGTHS = (1024, 8192, 65536)
 
 
-def quality(found: Comparison) -> Element:
-    """What the tokens say."""
-
-    return table(token_headings(found), token_rows(found))
+def quality(found: Comparison) -> list[Element]:
+    """What the tokens say, and over what the intervals are."""
+    return [
+        table(token_headings(found), token_rows(found)),
+        el("p", f"{token_caption(found)}.", class_="note"),
+    ]
 
 
 def calibration(model: nn.Module, check: CalibrationCheck | None) -> list[Element]:
@@ -55,14 +57,16 @@ def calibration(model: nn.Module, check: CalibrationCheck | None) -> list[Elemen
         own = () if threshold.table is None else threshold.table.lengths
         lengths = sorted({*own, *(row.length for row in of_phase)}) or LENGTHS
         whose = names[0] if len(names) == 1 else f"{len(names)} modules"
-        title = (
-            f"{whose} in {phase}: lambda by share. Rings: targets; discs: achieved by all modules."
-        )
-        if threshold.formula is not None:
-            a, b = threshold.formula.a, threshold.formula.b
-            title += f" Formula for engines: {a:.4g} * exp({b:.4g} * target) / keys."
-        found.append(curves(title, threshold, lengths, of_phase))
+        title = f"Lambda by share of tiles in {phase}: {whose}"
+        found.append(curves(title, threshold, lengths, of_phase, _formula(threshold)))
     return found
+
+
+def _formula(threshold: CalibratedThreshold) -> str:
+    if threshold.formula is None:
+        return ""
+    a, b = threshold.formula.a, threshold.formula.b
+    return f"Formula for engines: lambda = {a:.4g} * exp({b:.4g} * share) / keys."
 
 
 def speed(where: Mapping[str, Any], rows: Sequence[Row]) -> list[Element]:
@@ -70,7 +74,12 @@ def speed(where: Mapping[str, Any], rows: Sequence[Row]) -> list[Element]:
     said = ", ".join(f"{name} {value}" for name, value in where.items() if value)
     return [
         el("h2", "Speed"),
-        el("p", f"Of the kernels, measured by the benchmark: {said}. Above 1, ours are faster."),
+        el(
+            "p",
+            "Of the kernels, measured by the benchmark. Ratio: the time of what stands beside over ours;"
+            " above 1, ours are faster. Skipped: of visible tiles. Error: relative, of our result.",
+        ),
+        el("p", f"Measured with {said}.", class_="note"),
         table(
             ("case", "group", "beside", "ratio", "skipped", "error", "note"),
             [
@@ -85,5 +94,6 @@ def speed(where: Mapping[str, Any], rows: Sequence[Row]) -> list[Element]:
                 )
                 for row in rows
             ],
+            words=("group", "beside", "note"),
         ),
     ]

@@ -16,6 +16,7 @@ from modelopt_sparse.bench.run import Row
 from modelopt_sparse.report_html import html_report
 from modelopt_sparse.report_html.curves import lambda_at
 from modelopt_sparse.report_html.elements import el, table
+from modelopt_sparse.report_html.heat_map import heat_map
 from tests.cpu.test_calibrate import LAYERS, MODEL, dense_model, methods, source
 from tests.cpu.test_cli import failed, run
 from tests.cpu.tiny import FLASH, NM, prompt, tiny_llama
@@ -65,8 +66,8 @@ def checked(text):
     return page
 
 
-@pytest.fixture(scope="module")
-def parts():
+def measured():
+    """A calibrated model, and what the report is made of: its comparison, statistics and check."""
     model = mtsa.sparsify(dense_model(), mtsa.SKIP_SOFTMAX_TRITON_DEFAULT)
     data = [source(1024), source(700, 40_000)]
     mtsa.calibrate(model, {"target_sparse_ratio": 0.25, "num_decode_tokens": 2}, data)
@@ -77,19 +78,35 @@ def parts():
     return model, found, mtsa.get_stats(model), check
 
 
+@pytest.fixture(scope="module")
+def parts():
+    return measured()
+
+
 def test_every_head_has_its_shade_and_its_number(parts):
     model, found, stats, check = parts
     page = checked(html_report(model, NAME, found, stats, check=check))
     # Tiles in two phases, and the error in prefill, the only phase that is compared.
     assert page.count("rect") == 3 * LAYERS * HEADS
-    fills = {attributes["fill"] for tag, attributes in page.elements if tag == "rect"}
-    assert "#08306b" in fills and len(fills) > 10
+    shades = {attributes["fill-opacity"] for tag, attributes in page.elements if tag == "rect"}
+    assert {"0", "1"} <= {f"{float(shade):g}" for shade in shades} and len(shades) > 10
     title = page.said("title")
     entry = stats["model.layers.1.self_attn"]["decode"]
     share = entry["skipped"][2] / entry["visible"][2]
     assert f"model.layers.1.self_attn, head 2: {share:.2%}" in title
     error = found.modules["model.layers.2.self_attn"].prefill.relative_error.heads[5]
     assert f"model.layers.2.self_attn, head 5: {error:.2%}" in title
+
+
+def test_rows_are_layers_where_names_number_them_and_nothing_is_said_of_no_scale():
+    values = {f"model.layers.{layer}.self_attn": [0.0, 0.5] for layer in (2, 7)}
+    page = checked("<!DOCTYPE html>" + _text(heat_map("shares", values, "of tiles", 0.5)))
+    assert page.said("text") == ["head", "layer", "0", "1", "2", "7"]
+    assert "50.0% of tiles" in page.said("span")
+    values = {"encoder.0.attn": [0.0, 0.0], "decoder.0.attn": [0.0]}
+    page = checked("<!DOCTYPE html>" + _text(heat_map("shares", values, "of tiles", 0.0)))
+    assert page.said("text") == ["head", "module", "0", "1", "0", "1"]
+    assert page.said("p") == ["0 % everywhere"] and page.said("span") == []
 
 
 def test_curves_and_tables_say_what_was_measured(parts):
