@@ -116,6 +116,8 @@ def calibrate(
 ) -> nn.Module:
     """Gives a model thresholds by which it skips a share of tiles that you name, from one pass over prompts.
 
+    In place of the share, `config` may bound what skipping costs: an error, or the dropped mass.
+
     The model computes densely meanwhile, and counts what every lambda would skip, by length. Then each
     sequence gets its lambda by its own number of keys. Sequences shorter than any that was counted are dense.
     `set_sparsity` changes the share afterwards.

@@ -49,6 +49,10 @@ def _share(name: str, help: str) -> Any:
     return typer.Option(name, help=help, min=0.0, max=1.0, metavar="SHARE")
 
 
+def _bound(name: str, help: str) -> Any:
+    return typer.Option(name, help=f"In place of a share: {help}, in both phases.", metavar="BOUND")
+
+
 def command(
     model: ModelArgument,
     output: OutputFolder,
@@ -63,6 +67,18 @@ def command(
     ] = None,
     decode: Annotated[
         float | None, _share("--decode-sparsity", "The same in decode; 0 is dense.")
+    ] = None,
+    target_error: Annotated[
+        float | None,
+        _bound("--target-error", "the most that attention outputs may be off, relative to them"),
+    ] = None,
+    target_dropped_mass: Annotated[
+        float | None,
+        _bound("--target-dropped-mass", "the most softmax weight in skipped tiles, mean over rows"),
+    ] = None,
+    target_max_dropped_mass: Annotated[
+        float | None,
+        _bound("--target-max-dropped-mass", "the same of the row that loses most"),
     ] = None,
     thresholds_for: Annotated[
         ThresholdsFor | None,
@@ -99,6 +115,9 @@ def command(
     check_output(output, force)
     given = {
         "target_sparse_ratio": _targets(target, prefill, decode),
+        "target_error": target_error,
+        "target_dropped_mass": target_dropped_mass,
+        "target_max_dropped_mass": target_max_dropped_mass,
         "thresholds_for": thresholds_for and thresholds_for.value,
         "form": form and form.value,
         "samples": samples,
@@ -125,10 +144,10 @@ def command(
             data = bar.track(prompts(sparse, aim), description="calibrating", **count)
             mtsa.calibrate(sparse, aim, data)
             found = None
-            if check:
+            fitted = fitted_thresholds(sparse)
+            if check and any(row["target"] for row in fitted):
                 data = bar.track(prompts(sparse, aim, HELD_OUT), description="checking   ", **count)
                 found = mtsa.check_calibration(sparse, data, aim)
-        fitted = fitted_thresholds(sparse)
         report.console.print(table_of(fitted))
         if found is not None:
             found.print(report.console)
@@ -166,10 +185,14 @@ def _calibration(
         ConfigError: a value isn't taken.
     """
     from modelopt_sparse import CalibrationConfig
+    from modelopt_sparse.config.calibration import AIMS
     from modelopt_sparse.errors import ArgumentError, describe
 
     fields = {} if in_file is None else in_file.model_dump(exclude_unset=True)
-    fields |= {name: value for name, value in given.items() if value is not None}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if any(name in asked for name in AIMS):
+        fields = {name: value for name, value in fields.items() if name not in AIMS}
+    fields |= asked
     aim = CalibrationConfig.load(fields)
     context = context_of(model)
     if context is None or aim.max_seqlen + aim.num_decode_tokens <= context:

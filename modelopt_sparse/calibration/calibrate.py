@@ -43,14 +43,16 @@ def calibrated(
         UnsupportedCall: attention is bidirectional, or heads are calibrated apart in several processes.
     """
     methods = {name: _method(name, module) for name, module in modules.items()}
-    # With an error to keep, no share is asked for, and no phase is to be dense.
-    shares = {} if config.target_error else config.target_sparse_ratio
-    asked = list(config.target_error or [phase for phase, share in shares.items() if share])
-    is_probed = config.target_error is not None or config.thresholds_for == "head"
+    # With a bound to keep, no share is asked for, and no phase is to be dense.
+    shares, bound = config.shares, config.bound
+    asked = list(bound.of if bound else [phase for phase, share in shares.items() if share])
+    is_probed = bound is not None or config.thresholds_for == "head"
+    weighs = bound is not None and bound.name != "target_error"
     recorders = {
         name: Recorder(
             type(module.method)(methods[name].with_thresholds(dict.fromkeys(asked, 1.0), 0)).plan(),
             PROBES if is_probed else (),
+            weighs,
         )
         for name, module in modules.items()
     }

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, ConfigError, describe
+from modelopt_sparse.faithfulness.probe import Probe
+from modelopt_sparse.kernels.types import Phase
 from modelopt_sparse.methods.calibrated import (
     PHASES,
     CalibratedThreshold,
@@ -17,9 +19,10 @@ from modelopt_sparse.methods.calibrated import (
     SkipSoftmaxConfig,
 )
 from modelopt_sparse.modes.apply import check_model
-from modelopt_sparse.module import SparseAttentionModule, counting_anew
+from modelopt_sparse.module import SparseAttentionModule, counting_anew, observed
 from modelopt_sparse.module_state import sparse_modules
 
+from .bound import COSTS
 from .check_results import CalibrationCheck, CheckRow
 from .loop import run_prompts, sequences
 from .prompts import prompts
@@ -49,7 +52,8 @@ def check_calibration(
             ``attention_mask``. They are taken one by one, so progress can be shown around them. None: prompts
             that `config` describes, and that `calibrate` doesn't make: other tasks, or other parts of the
             files, which overlap those where files are short.
-        config: as `calibrate` takes it. Of its fields, those that say what to aim at don't matter.
+        config: as `calibrate` takes it. If it bounds an error or a dropped mass, each sequence runs once
+            more, dense and sparse, to measure it. Shares are those of the model.
     Returns:
         A row for each phase and length of prompts.
     Raises:
@@ -68,6 +72,7 @@ def check_calibration(
     targets = _targets(model)
     modules = {module for _, module in targets}
     counted: dict[tuple[PhaseName, int], Tensor] = {}
+    probes: dict[int, dict[SparseAttentionModule, Probe]] = {}
     given = prompts(model, chosen, HELD_OUT) if batches is None else batches
     for ids in _sequences(model, given):
         with counting_anew(modules):
@@ -75,6 +80,10 @@ def check_calibration(
             for phase, tiles in _tiles(targets).items():
                 place = phase, ids.shape[1]
                 counted[place] = counted.get(place, torch.zeros_like(tiles)) + tiles
+            if chosen.bound is not None:
+                own = probes.setdefault(ids.shape[1], {module: Probe() for module in modules})
+                with observed(own):
+                    run_prompts(model, [ids], chosen)
     if not counted:
         takes = (
             "sequences of min_context keys or more, and a model whose attention is modelopt_triton"
@@ -82,9 +91,15 @@ def check_calibration(
         raise ArgumentError(describe("batches", "none that a calibrated module skips in", takes))
     return CalibrationCheck(
         rows=tuple(
-            _row(phase, length, counted[phase, length])
+            _row(
+                phase,
+                length,
+                counted[phase, length],
+                _limits(phase, targets, probes.get(length, {}), chosen),
+            )
             for phase, length in sorted(counted, key=lambda key: (PHASES.index(key[0]), key[1]))
-        )
+        ),
+        bounded=None if chosen.bound is None else COSTS[chosen.bound.name].name,
     )
 
 
@@ -123,7 +138,7 @@ def _tiles(targets: Shares) -> dict[PhaseName, Tensor]:
     return found
 
 
-def _row(phase: PhaseName, length: int, tiles: Tensor) -> CheckRow:
+def _row(phase: PhaseName, length: int, tiles: Tensor, limits: dict[str, float]) -> CheckRow:
     ran, visible, wanted, skipped = tiles.tolist()
     return CheckRow(
         phase=phase,
@@ -131,4 +146,24 @@ def _row(phase: PhaseName, length: int, tiles: Tensor) -> CheckRow:
         sequences=int(ran),
         target=wanted / visible,
         achieved=skipped / visible,
+        **limits,
     )
+
+
+def _limits(
+    phase: PhaseName,
+    targets: Shares,
+    probes: Mapping[SparseAttentionModule, Probe],
+    config: CalibrationConfig,
+) -> dict[str, float]:
+    """What skipping may cost in a phase, and what it does, where the configuration bounds it."""
+    if config.bound is None or phase not in config.bound.of:
+        return {}
+    cost = COSTS[config.bound.name]
+    found = [probes[module].result(Phase(phase), None) for own, module in targets if own == phase]
+    costs = [cost.found(one) for one in found if one is not None]
+    of_each = config.thresholds_for == "layer"
+    return {
+        "bound": config.bound.of[phase],
+        "cost": max(costs) if of_each else cost.together(costs),
+    }

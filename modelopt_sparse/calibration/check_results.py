@@ -22,6 +22,9 @@ class CheckRow(BaseModel):
         sequences: how many.
         target: the share of visible tiles that is to be skipped, over all modules that are calibrated.
         achieved: the share that was.
+        bound: what skipping may cost, an error or a dropped mass; None where nothing bounds it.
+        cost: what it does, measured as the bound is meant: over the modules, or of the one that it costs most
+            where each has thresholds of its own.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -31,17 +34,8 @@ class CheckRow(BaseModel):
     sequences: int
     target: float
     achieved: float
-
-    def cells(self) -> tuple[str, ...]:
-        """As under `HEADINGS`."""
-        return (
-            self.phase,
-            f"{self.length:,}",
-            f"{self.sequences}",
-            f"{self.target:.1%}",
-            f"{self.achieved:.1%}",
-            f"{100 * (self.achieved - self.target):+.1f}",
-        )
+    bound: float | None = None
+    cost: float | None = None
 
 
 class CalibrationCheck(BaseModel):
@@ -49,11 +43,23 @@ class CalibrationCheck(BaseModel):
 
     Args:
         rows: by phase and length, rising.
+        bounded: what the rows' bounds and costs are of, in words; None where nothing is bounded.
     """
 
     model_config = ConfigDict(frozen=True)
 
     rows: tuple[CheckRow, ...]
+    bounded: str | None = None
+
+    def headings(self) -> tuple[str, ...]:
+        """Of a table; with a bound, of that and of the cost too."""
+        limits = () if self.bounded is None else (f"{self.bounded}: at most", "is")
+        return (*HEADINGS, *limits)
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """By row, as under the headings."""
+        width = len(self.headings())
+        return [_cells(row)[:width] for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists and numbers, as JSON takes them."""
@@ -74,8 +80,20 @@ class CalibrationCheck(BaseModel):
 
     def _table(self) -> Table:
         table = Table(title="Tiles skipped: target against achieved")
-        for name in HEADINGS:
+        for name in self.headings():
             table.add_column(name, justify="left" if name == HEADINGS[0] else "right")
-        for row in self.rows:
-            table.add_row(*row.cells())
+        for cells in self.cells():
+            table.add_row(*cells)
         return table
+
+
+def _cells(row: CheckRow) -> tuple[str, ...]:
+    return (
+        row.phase,
+        f"{row.length:,}",
+        f"{row.sequences}",
+        f"{row.target:.1%}",
+        f"{row.achieved:.1%}",
+        f"{100 * (row.achieved - row.target):+.1f}",
+        *("-" if x is None else f"{x:.3g}" for x in (row.bound, row.cost)),
+    )

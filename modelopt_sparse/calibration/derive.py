@@ -9,10 +9,10 @@ from modelopt_sparse.errors import ConfigError, describe
 from modelopt_sparse.kernels.types import Phase
 from modelopt_sparse.methods.calibrated import CalibratedThreshold, PhaseName, ScaleTable
 
+from .bound import COSTS, share_within
 from .budget import PROBES, HeadCost, shares
 from .curve import Curve
-from .error import share_within
-from .fit import TARGETS, factor, formula_of, table_of
+from .fit import factor, formula_of, table_of, targets_with
 from .ranks import of_all_ranks, refuse_ranks
 from .recorder import Recorder, Tallies, Tally, added, by_length
 
@@ -30,14 +30,15 @@ def thresholds(
     tallies = of_all_ranks({name: recorder.tallies for name, recorder in recorders.items()})
 
     def share(modules: Iterable[Tallies]) -> float:
-        if config.target_error is None:
-            return config.target_sparse_ratio[phase]
-        return share_within(list(modules), own, config.target_error[phase])
+        if config.bound is None:
+            return config.shares[phase]
+        name, bounds = config.bound
+        return share_within(list(modules), own, COSTS[name], bounds[phase])
 
     if config.thresholds_for == "head":
         refuse_ranks()
         found = share(tallies.values())
-        tables = _tables_by_head(recorders, own)
+        tables = _tables_by_head(recorders, own, targets_with(found))
         return {
             name: CalibratedThreshold(target_sparsity=found, table=table)
             for name, table in tables.items()
@@ -55,7 +56,7 @@ def _threshold(
 ) -> CalibratedThreshold:
     counted = _counted(tallies, phase)
     curves = {length: Curve.of([tally.histogram]) for length, tally in counted.items()}
-    table = table_of(curves) if config.form == "table" else None
+    table = table_of(curves, targets_with(share)) if config.form == "table" else None
     return CalibratedThreshold(target_sparsity=share, formula=formula_of(curves), table=table)
 
 
@@ -68,8 +69,10 @@ def _counted(tallies: Tallies, phase: Phase) -> dict[int, Tally]:
     return found
 
 
-def _tables_by_head(recorders: Mapping[str, Recorder], phase: Phase) -> dict[str, ScaleTable]:
-    """By module, scale factors of each head, such that all modules together skip a share.
+def _tables_by_head(
+    recorders: Mapping[str, Recorder], phase: Phase, targets: tuple[float, ...]
+) -> dict[str, ScaleTable]:
+    """By module, scale factors of each head, such that all modules together skip each of these shares.
 
     Raises:
         ConfigError: there were no tokens in that phase.
@@ -84,7 +87,7 @@ def _tables_by_head(recorders: Mapping[str, Recorder], phase: Phase) -> dict[str
             for name, tally in at_length.items()
         }
         costs = [cost for name, tally in at_length.items() for cost in _costs(tally, curves[name])]
-        by_target = [shares(costs, target) for target in TARGETS]
+        by_target = [shares(costs, target) for target in targets]
         first = 0
         for name, own in curves.items():
             voters = recorders[name].heads // len(own)
@@ -100,7 +103,7 @@ def _tables_by_head(recorders: Mapping[str, Recorder], phase: Phase) -> dict[str
             )
             first += len(own)
     return {
-        name: ScaleTable(lengths=tuple(lengths), targets=TARGETS, factors=tuple(own))
+        name: ScaleTable(lengths=tuple(lengths), targets=targets, factors=tuple(own))
         for name, own in rows.items()
     }
 

@@ -12,16 +12,21 @@ from modelopt_sparse.methods.calibrated import ScaleFormula, ScaleTable
 from .curve import Curve
 
 TARGETS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""The shares of tiles that a table has: 5 % to 95 %."""
+"""The shares of tiles that every table has: 5 % to 95 %."""
 
 
-def table_of(curves: Mapping[int, Curve]) -> ScaleTable:
+def targets_with(share: float) -> tuple[float, ...]:
+    """The shares of a table: `TARGETS`, and the one that is asked for, which so isn't interpolated."""
+    return tuple(sorted({*TARGETS, share} - {0.0}))
+
+
+def table_of(curves: Mapping[int, Curve], targets: tuple[float, ...]) -> ScaleTable:
     """What each share takes at each length."""
     rows = (
-        tuple(factor(curve, target, length) for target in TARGETS)
+        tuple(factor(curve, target, length) for target in targets)
         for length, curve in curves.items()
     )
-    return ScaleTable(lengths=tuple(curves), targets=TARGETS, factors=tuple(rows))
+    return ScaleTable(lengths=tuple(curves), targets=targets, factors=tuple(rows))
 
 
 def factor(curve: Curve, share: float, length: int) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modelopt_sparse.calls import AttentionCall, Piece
 from modelopt_sparse.errors import UnsupportedCall, describe
+from modelopt_sparse.faithfulness.differences import differences
 from modelopt_sparse.kernels.types import (
     AttentionOutput,
     Phase,
@@ -35,12 +36,17 @@ class Tally:
             that decide together.
         errors: float64 [1 + probes, U], sums of squares: of the dense output, and of what each probe's
             differs from it.
+        masses: float64 [1 + probes, U]: query rows of these heads that see a key, and the mass that each
+            probe drops of them, added up.
+        largest: float64 [probes, U], the most that each probe drops of one row.
         rows: how many rows. keys: those of their sequences, added up.
         shortest, longest: the least of these, and the most that a row saw.
     """
 
     histogram: Tensor
     errors: Tensor
+    masses: Tensor
+    largest: Tensor
     rows: int
     keys: int
     shortest: int
@@ -51,6 +57,8 @@ class Tally:
         return Tally(
             self.histogram + other.histogram,
             self.errors + other.errors,
+            self.masses + other.masses,
+            torch.maximum(self.largest, other.largest),
             self.rows + other.rows,
             self.keys + other.keys,
             min(self.shortest, other.shortest),
@@ -58,17 +66,22 @@ class Tally:
         )
 
     def of_all_heads(self) -> Tally:
-        """The same without telling heads apart: [BINS, 1] and [1 + probes, 1]."""
+        """The same without telling heads apart: U is 1."""
         return replace(
             self,
             histogram=self.histogram.sum(1, keepdim=True),
             errors=self.errors.sum(1, keepdim=True),
+            masses=self.masses.sum(1, keepdim=True),
+            largest=self.largest.amax(1, keepdim=True),
         )
 
     def weighted(self, weight: float) -> Tally:
         """The same, as often as `weight` says."""
         return replace(
-            self, histogram=self.histogram.double() * weight, errors=self.errors * weight
+            self,
+            histogram=self.histogram.double() * weight,
+            errors=self.errors * weight,
+            masses=self.masses * weight,
         )
 
 
@@ -96,11 +109,13 @@ class Recorder:
     Args:
         plan: what the module leaves out. Its thresholds don't matter.
         probes: lambdas to try, for what they do to the output.
+        weighs: whether the mass that they drop is wanted, which kernels then sum.
         heads: query heads of the calls, known after the first.
     """
 
     plan: Plan
     probes: tuple[float, ...] = ()
+    weighs: bool = False
     tallies: Tallies = field(default_factory=dict)
     heads: int = 0
 
@@ -133,15 +148,20 @@ class Recorder:
             place = next(cut for cut in CUTS if cut >= longest)
         else:
             place = round(_BUCKETS_PER_OCTAVE * math.log2(piece.n_k))
-        dense = found.out.double()
-        errors = [dense]
-        for threshold in self.probes:
-            errors.append(piece.call(with_lambda(self.plan, threshold)).out.double() - dense)
-        squares = torch.stack([error.square().sum((0, 2)) for error in errors])
+        whole = differences(found, found)
+        probed = [
+            differences(found, piece.call(with_lambda(self.plan, probe), details=self.weighs))
+            for probe in self.probes
+        ]
+        # Both [1 + probes, rows, Hq].
+        errors = torch.stack([whole.squared_norm, *(one.squared_error for one in probed)])
+        masses = torch.stack([whole.sees, *(one.dropped_mass for one in probed)])
         voters = self._voters(piece)
         tally = Tally(
-            _of_voters(counts.histogram, voters).cpu(),
-            _of_voters(squares, voters).cpu(),
+            _by_voters(counts.histogram, voters).sum(2).cpu(),
+            _by_voters(errors.sum(1), voters).sum(2).cpu(),
+            _by_voters(masses.sum(1), voters).sum(2).cpu(),
+            _by_voters(masses[1:].amax(1), voters).amax(2).cpu(),
             rows,
             rows * piece.n_k,
             piece.n_k,
@@ -156,9 +176,9 @@ class Recorder:
         return self.plan.skip_decode.vote_heads or self.heads // piece.call.k.shape[-2]
 
 
-def _of_voters(values: Tensor, voters: int) -> Tensor:
-    """[.., Hq] summed over heads that decide together."""
-    return values.view(len(values), -1, voters).sum(2)
+def _by_voters(values: Tensor, voters: int) -> Tensor:
+    """[.., Hq] by groups of heads that decide together: [.., U, voters]."""
+    return values.view(len(values), values.shape[1] // voters, voters)
 
 
 def with_lambda(plan: Plan, threshold: float | None) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
     BaseModel,
@@ -44,7 +44,31 @@ TargetError = Annotated[
 ]
 """Relative errors of attention outputs, by phase. One number is for both."""
 
+TargetMass = Annotated[
+    dict[PhaseName, Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]],
+    BeforeValidator(by_phase),
+]
+"""Shares of a row's softmax weight, by phase. One number is for both."""
+
+BoundName = Literal["target_error", "target_dropped_mass", "target_max_dropped_mass"]
+"""The fields that bound what skipping costs."""
+
+AIMS = ("target_sparse_ratio", *get_args(BoundName))
+"""The fields that say what to aim at, of which a calibration has one."""
+
 _Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class Bound(NamedTuple):
+    """How much skipping may cost.
+
+    Args:
+        name: the field that says it.
+        of: the number, by phase.
+    """
+
+    name: BoundName
+    of: dict[PhaseName, float]
 
 
 class CalibrationConfig(BaseModel):
@@ -52,11 +76,17 @@ class CalibrationConfig(BaseModel):
 
     Args:
         target_sparse_ratio: the share of visible tiles to skip: a number from 0 (dense) to below 1 for
-            both phases, or one by phase; a phase that is left out stays as it is.
+            both phases, or one by phase; a phase that is left out stays as it is. Where no target is given,
+            0.5.
         target_error: in place of a share, how far a module's attention output may be off: the norm of its
             difference from the dense one, relative to that one's, root mean square over the modules
             ("layer": of each). A number above 0 for both phases, or one by phase. The share is the largest
             whose error stays within it at every length, with one threshold for all heads of them.
+        target_dropped_mass: in place of a share, how much softmax weight may lie in skipped tiles: the share
+            of a query row's weight, of what N:M left, mean over all rows that see a key, over heads and over
+            the modules ("layer": of each). Above 0 and below 1; otherwise as `target_error`.
+        target_max_dropped_mass: the same of the row, head and module that lose most; not by head. On other
+            prompts a row may lose more.
         thresholds_for: "model" has one threshold by length for all modules, so that the share holds over
             all of them together; "layer" one for each module, each of which then skips that share; "head"
             one for each head, such that all of them together skip that share, each as much as changes the
@@ -73,8 +103,10 @@ class CalibrationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    target_sparse_ratio: TargetSparsity = Field(default_factory=lambda: by_phase(0.5))
+    target_sparse_ratio: TargetSparsity | None = None
     target_error: TargetError | None = None
+    target_dropped_mass: TargetMass | None = None
+    target_max_dropped_mass: TargetMass | None = None
     thresholds_for: Literal["model", "layer", "head"] = "model"
     form: Literal["table", "formula"] = "table"
     samples: _Count = 12
@@ -84,15 +116,39 @@ class CalibrationConfig(BaseModel):
     text_files: tuple[StrictStr, ...] | None = None
     tokenizer: StrictStr | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _aims_at_half(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and all(data.get(name) is None for name in AIMS):
+            return {**data, "target_sparse_ratio": 0.5}
+        return data
+
     @model_validator(mode="after")
     def _has_text(self) -> CalibrationConfig:
         if self.text_files is not None and not self.text_files:
             raise not_taken("text_files", "at least one path, or None")
-        if self.target_error is not None and "target_sparse_ratio" in self.model_fields_set:
-            raise not_taken("target_error", "one of target_sparse_ratio and target_error")
+        if sum(getattr(self, name) is not None for name in AIMS) > 1:
+            raise not_taken("target", f"one of {', '.join(AIMS)}")
         if self.thresholds_for == "head" and self.form == "formula":
             raise not_taken("form", '"table" with thresholds_for="head"')
+        if self.thresholds_for == "head" and self.target_max_dropped_mass is not None:
+            takes = (
+                '"model" or "layer" with target_max_dropped_mass: heads may lose more than others'
+            )
+            raise not_taken("thresholds_for", takes)
         return self
+
+    @property
+    def bound(self) -> Bound | None:
+        """What bounds the share; None where the share itself is given."""
+        names: tuple[BoundName, ...] = get_args(BoundName)
+        given = {name: getattr(self, name) for name in names}
+        return next((Bound(name, of) for name, of in given.items() if of is not None), None)
+
+    @property
+    def shares(self) -> dict[PhaseName, float]:
+        """The shares that are given; none where something bounds them."""
+        return self.target_sparse_ratio or {}
 
     @classmethod
     def load(cls, source: object) -> CalibrationConfig:

@@ -10,6 +10,7 @@ from torch import Tensor
 from modelopt_sparse.calls import AttentionCall
 from modelopt_sparse.kernels.types import DENSE, AttentionOutput, Phase, Plan, TileCounts
 
+from .differences import differences
 from .results import ByHead, DroppedMass, PhaseComparison
 
 
@@ -18,8 +19,7 @@ class _Sums:
     """What was measured of one phase, on the device, by head.
 
     Args:
-        added: float64 [5, Hq], sums over query rows: how many, squared error, squared dense output,
-            dropped mass, its bound.
+        added: float64 [5, Hq], sums over query rows of `Differences`.
         largest: float64 [2, Hq], of the dropped mass and its bound.
         skips: whether the plan skips tiles in this phase.
     """
@@ -37,18 +37,7 @@ class Probe:
 
     def __call__(self, call: AttentionCall, plan: Plan) -> AttentionOutput:
         dense, sparse = call(DENSE), call(plan, details=True)
-        dtype = torch.promote_types(dense.out.dtype, torch.float32)
-        wanted = dense.out.to(dtype)
-        numbers = [
-            dense.lse.isfinite(),
-            (sparse.out - wanted).square().sum(-1),
-            wanted.square().sum(-1),
-            *(
-                torch.zeros_like(dense.lse) if mass is None else mass
-                for mass in (sparse.dropped_mass, sparse.dropped_mass_bound)
-            ),
-        ]
-        measured = torch.stack([x.double() for x in numbers])  # [5, Tq, Hq]
+        measured = torch.stack(differences(dense, sparse))  # [5, Tq, Hq]
         for phase, rows in _rows_by_phase(call).items():
             part = plan.skip if phase is Phase.PREFILL else plan.skip_decode
             self._add(phase, measured[:, rows], part is not None)

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 
 from torch import nn
 
-from modelopt_sparse.calibration.check_results import HEADINGS, CalibrationCheck
+from modelopt_sparse.calibration.check_results import CalibrationCheck
 from modelopt_sparse.faithfulness.results import Comparison
 from modelopt_sparse.faithfulness.table import token_caption, token_headings, token_rows
 from modelopt_sparse.methods.calibrated import (
@@ -50,8 +50,8 @@ def calibration(model: nn.Module, check: CalibrationCheck | None) -> list[Elemen
         return []
     found = [el("h2", "Calibration")]
     rows = () if check is None else check.rows
-    if rows:
-        found.append(table(HEADINGS, [row.cells() for row in rows]))
+    if check is not None and rows:
+        found.append(table(check.headings(), check.cells()))
     for (phase, threshold), names in users.items():
         of_phase = [row for row in rows if row.phase == phase]
         own = () if threshold.table is None else threshold.table.lengths

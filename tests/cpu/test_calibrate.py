@@ -259,13 +259,92 @@ def test_outputs_err_as_much_as_is_allowed(model, kind):
     assert methods(model)[0].skip_softmax_decode_threshold is None
 
 
-def test_an_error_that_nothing_reaches_and_one_that_everything_is_within(model):
-    for error, share in ((1e-12, 0.0), (10.0, 0.95)):
-        mtsa.calibrate(model, {"target_error": error, "num_decode_tokens": 1}, [source(700)])
-        for threshold in ("skip_softmax_threshold", "skip_softmax_decode_threshold"):
-            assert getattr(methods(model)[0], threshold).target_sparsity == share
-    with pytest.raises(ConfigError, match="one of target_sparse_ratio and target_error"):
-        mtsa.calibrate(model, {"target_error": 0.1, "target_sparse_ratio": 0.5})
+def dropped_masses(model: nn.Module, prompt: torch.Tensor) -> list:
+    found = mtsa.compare(model, [prompt])
+    return [module.prefill.dropped_mass for module in found.modules.values()]
+
+
+@pytest.mark.parametrize("kind", ["model", "layer"])
+def test_rows_lose_no_more_on_average_than_is_allowed(model, kind):
+    bound, prompt = 0.01, source(1024)
+    config = {"target_dropped_mass": {"prefill": bound}, "thresholds_for": kind}
+    mtsa.calibrate(model, {**config, "num_decode_tokens": 1}, [prompt])
+    shares_found = {method.skip_softmax_threshold.target_sparsity for method in methods(model)}
+    assert len(shares_found) == (1 if kind == "model" else LAYERS)
+    found = []
+    for length in (512, 1024):
+        means = [mass.mean.overall for mass in dropped_masses(model, prompt[:, :length])]
+        found.append(sum(means) / LAYERS if kind == "model" else max(means))
+    # It is kept to by octaves of lambda, at the length at which more is lost.
+    assert 0.3 * bound < max(found) <= bound, found
+
+
+@pytest.mark.parametrize("kind", ["model", "layer"])
+def test_no_row_loses_more_than_is_allowed(model, kind):
+    bound, prompt = 0.1, source(1024)
+    config = {"target_max_dropped_mass": {"prefill": bound}, "thresholds_for": kind}
+    mtsa.calibrate(model, {**config, "num_decode_tokens": 1}, [prompt])
+    found = [
+        mass.max.overall
+        for length in (512, 1024)
+        for mass in dropped_masses(model, prompt[:, :length])
+    ]
+    assert 0.3 * bound < max(found) <= bound, found
+
+
+BOUNDS = ["target_error", "target_dropped_mass", "target_max_dropped_mass"]
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_bound_that_nothing_reaches_and_one_that_everything_is_within(model, name):
+    for bound, share in ((1e-12, 0.0), (0.9999, 0.95)):
+        mtsa.calibrate(model, {name: bound, "num_decode_tokens": 1}, [source(700)])
+        for phase in ("prefill", "decode"):
+            assert methods(model)[0].threshold(phase).target_sparsity == share, phase
+
+
+def test_a_share_that_a_bound_gives_is_in_the_table_and_so_exact(model):
+    mtsa.calibrate(
+        model, {"target_dropped_mass": {"prefill": 0.0005}, "num_decode_tokens": 1}, [source(1024)]
+    )
+    threshold = methods(model)[0].skip_softmax_threshold
+    assert 0 < threshold.target_sparsity < TARGETS[0] == threshold.table.targets[1]
+    mtsa.reset_stats(model)
+    with torch.no_grad():
+        model(source(1024))
+    assert shares(model, "prefill") == pytest.approx(threshold.target_sparsity, abs=0.01)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_bound_comes_back_with_what_was_saved(name, tmp_path):
+    config = {
+        "sparse_cfg": {"*": {"method": "triton_skip_softmax"}},
+        "calibration": {name: {"prefill": 0.1}, **SMALL},
+    }
+    loaded = mtsa.SparseAttentionConfig.load(config)
+    assert mtsa.SparseAttentionConfig.load(loaded.to_dict()) == loaded
+    assert loaded.calibration.shares == {}
+    model = mtsa.sparsify(dense_model(), config, [source(600)])
+    mtsa.save(model, tmp_path / "state")
+    model.save_pretrained(tmp_path / "checkpoint")
+    for other in (
+        mtsa.restore(dense_model(), tmp_path / "state"),
+        mtsa.from_pretrained(AutoModelForCausalLM, tmp_path / "checkpoint"),
+    ):
+        assert methods(other) == methods(model)
+
+
+def test_one_thing_is_aimed_at():
+    assert CalibrationConfig().shares == {"prefill": 0.5, "decode": 0.5}
+    for name in BOUNDS:
+        for other in {"target_sparse_ratio", *BOUNDS} - {name}:
+            with pytest.raises(ConfigError, match="takes one of target_sparse_ratio, target_error"):
+                CalibrationConfig.load({name: 0.1, other: 0.5})
+    for name in BOUNDS[1:]:
+        with pytest.raises(ConfigError, match=rf"calibration\.{name}\.prefill: got 1\.0"):
+            CalibrationConfig.load({name: 1.0})
+    with pytest.raises(ConfigError, match='"model" or "layer" with target_max_dropped_mass'):
+        CalibrationConfig.load({"target_max_dropped_mass": 0.1, "thresholds_for": "head"})
 
 
 @torch.no_grad()

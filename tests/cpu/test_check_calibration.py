@@ -98,6 +98,36 @@ def test_made_up_prompts_are_others_than_those_calibrated_on(calibrated, tmp_pat
         assert files is None or len({tuple(ids[0, :50].tolist()) for ids in seen + held_out}) == 12
 
 
+def test_what_a_bound_is_of_is_measured_as_compare_does(calibrated):
+    """Of the modules that are calibrated in the phase, with the formula that the bound is meant by."""
+    prompts_ = [source(700, start) for start in STARTS]
+    modules = [module.prefill for module in mtsa.compare(calibrated, prompts_).modules.values()]
+    mean = [module.dropped_mass.mean.overall for module in modules]
+    most = [module.dropped_mass.max.overall for module in modules]
+    error = [module.relative_error.overall for module in modules]
+    of_all = {
+        "target_dropped_mass": sum(mean) / 3,
+        "target_max_dropped_mass": max(most),
+        "target_error": (sum(x * x for x in error) / 3) ** 0.5,
+    }
+    by_layer = {
+        "target_dropped_mass": max(mean),
+        "target_max_dropped_mass": max(most),
+        "target_error": max(error),
+    }
+    for kind, wanted in (("model", of_all), ("layer", by_layer)):
+        for name, cost in wanted.items():
+            config = {name: {"prefill": 0.25}, "num_decode_tokens": 1, "thresholds_for": kind}
+            found = mtsa.check_calibration(calibrated, prompts_, config)
+            prefill, decode = found.rows
+            assert prefill.bound == 0.25 and prefill.cost == pytest.approx(cost, rel=1e-6)
+            assert prefill.cost > 0 and decode.bound is decode.cost is None
+            assert prefill.achieved == pytest.approx(prefill.target, abs=0.03)
+    text = StringIO()
+    found.print(Console(file=text, width=150))
+    assert "output error: at most" in text.getvalue() and "0.25" in text.getvalue()
+
+
 def test_the_data_is_json_and_the_table_has_a_line_a_row(calibrated):
     found = mtsa.check_calibration(calibrated, [source(600)])
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()

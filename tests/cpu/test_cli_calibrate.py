@@ -123,6 +123,30 @@ def test_heads_have_tables_and_no_formula(dense, tmp_path):
     assert failed(run("export", tmp_path / "o"), 2, "a table without a formula")
 
 
+def test_a_bound_in_place_of_a_share_takes_the_place_of_that_in_the_file(dense, tmp_path):
+    rules = {
+        "sparse_cfg": {"*": {"method": "triton_skip_softmax"}},
+        "calibration": {"target_sparse_ratio": 0.2, "samples": 1, "max_seqlen": 1024},
+    }
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    options = "--config", tmp_path / "rules.json", "--num-decode-tokens", 1
+    bound = "--target-dropped-mass", 0.01
+    done = run("calibrate", dense, "--output", tmp_path / "o", *options, *bound, "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    aim = document["calibration"]
+    assert aim["target_sparse_ratio"] is None
+    assert aim["target_dropped_mass"] == {"prefill": 0.01, "decode": 0.01}
+    for row in document["check"]:
+        assert row["bound"] == 0.01 and 0 < row["cost"] < 0.03
+    assert "mean dropped mass: at most" in done.stderr
+    # What keeps to the bound is dense: there is nothing to check.
+    none = "--target-max-dropped-mass", 1e-12
+    done = run("calibrate", dense, "--output", tmp_path / "none", *options, *none, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["check"] is None
+
+
 @pytest.mark.parametrize("moment", ["calibrating", "checking"])
 def test_an_interrupted_calibration_leaves_nothing(moment, dense, tmp_path, monkeypatch):
     make, seeds = prompts_file.make_task, []
@@ -146,6 +170,8 @@ def test_what_calibrate_does_not_take(dense, tmp_path):
     assert failed(run(*arguments, *QUICK), 2, "which isn't sparse", "--preset or --config")
     both = "--target-sparsity", 0.5, "--prefill-sparsity", 0.5
     assert failed(run(*arguments, *preset, *both), 2, "--target-sparsity: got it and one")
+    both = "--target-sparsity", 0.5, "--target-error", 0.5
+    assert failed(run(*arguments, *preset, *both), 2, "one of target_sparse_ratio, target_error")
     assert failed(run(*arguments, *preset, "--max-seqlen", 8192), 2, "at most 8184")
     assert failed(run(*arguments, *preset, "--max-seqlen", 100), 2, "calibration.max_seqlen")
     assert failed(run(*arguments, *preset, "--target-sparsity", 1), 2, "target_sparse_ratio")

@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"integrations", "methods", "modes", "module", "module_state", "stats"},
     "export": {"methods", "models", "modes", "module", "module_state"},
     "calibration": {
-        "calls", "config", "kernels", "methods", "modes", "module", "module_state",
+        "calls", "config", "faithfulness", "kernels", "methods", "modes", "module", "module_state",
     },
     "sparse_parts": {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
