@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,23 @@ def test_the_method_of_the_example_is_in_the_summary(tmp_path):
     done = run(ROOT / "examples/write_a_method.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "skip_by_bits" in done.stdout and "bits=3.0" in done.stdout
+
+
+def test_the_harness_scores_the_dense_model_and_the_sparse_one(tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm_eval: pip install -e '.[lm_eval]'")
+    done = run(
+        *(ROOT / "examples/lm_eval_harness.py", "--samples", 2, "--threshold", 1.0), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    scores = dict(re.findall(r"^(dense|sparse) +(acc .*)$", done.stdout, re.MULTILINE))
+    assert scores["dense"].startswith("acc 1.0000 +- 0.0000, perplexity 1.0")
+    assert scores["sparse"].count("+-") == 2 and scores["sparse"] != scores["dense"]
+    lines = (tmp_path / "out/lm_eval/frequent_words.jsonl").read_text().splitlines()
+    prompts = [json.loads(line) for line in lines]
+    assert [len(row["prompt"]) + len(row["answer"]) for row in prompts] == [1023] * 2
+
+
+def test_the_harness_refuses_an_unknown_task(tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm_eval: pip install -e '.[lm_eval]'")
+    done = run(ROOT / "examples/lm_eval_harness.py", "--task", "no_such", cwd=tmp_path)
+    assert done.returncode == 2 and "no_such" in done.stderr
