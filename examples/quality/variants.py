@@ -18,6 +18,9 @@ from modelopt_sparse.module_state import sparse_modules
 
 DEFAULT = mtsa.SKIP_SOFTMAX_TRITON_DEFAULT
 LAMBDA = 0.1
+DECODE = "decode"
+"""The group whose answers are decoded token by token; the others run prompts whole."""
+DECODE_LAMBDAS = (0.0001, 0.001, 0.01, 0.1, 0.5)
 LAMBDAS = (0.001, 0.01, 0.03, 0.3, 0.5, 0.9)
 TILES = ((16, 128), (32, 128), (64, 32), (64, 64), (128, 64), (128, 128))
 
@@ -75,6 +78,23 @@ def _presets() -> list[Variant]:
     ]
 
 
+def _in_decode() -> list[Variant]:
+    def config(threshold: object, **fields: object) -> mtsa.SparseAttentionConfig:
+        return DEFAULT.with_rule(
+            "*",
+            skip_softmax_threshold=None,
+            skip_softmax_decode_threshold=threshold,
+            **fields,
+        )
+
+    return [
+        *(Variant(f"lambda {value:g}", config(value)) for value in DECODE_LAMBDAS),
+        Variant("segments of 2048", config(LAMBDA, decode_segment_keys=2048)),
+        Variant("tiles of 16", config(LAMBDA, decode_block_keys=16, decode_segment_keys=512)),
+        Variant("heads alone", config(LAMBDA, decode_vote_heads=1)),
+    ]
+
+
 def _settings() -> list[Variant]:
     found = [
         Variant(f"lambda {value:g}", observer=planned(SkipSoftmax(value))) for value in LAMBDAS
@@ -97,6 +117,7 @@ GROUPS: Mapping[str, Sequence[Variant]] = MappingProxyType(
         "selectors": _choices(SELECTORS),
         "orders": _choices(ORDERS),
         "settings": _settings(),
+        DECODE: _in_decode(),
     }
 )
 """By the names that the command line takes. Of one group, all are measured on the same samples."""

@@ -19,6 +19,7 @@ from examples.quality.cells import TEXT, Cell, added, load, save
 from examples.quality.measure import measured
 from examples.quality.variants import GROUPS, Variant
 from examples.tiny_lm import tasks
+from examples.tiny_lm.evaluate import text_windows
 from modelopt_sparse.module_state import sparse_modules
 
 ROOT = Path(__file__).parents[2]
@@ -51,14 +52,17 @@ def test_chance_costs_more_than_the_oracle_and_the_model_is_dense_again(model):
 
 def test_answers_are_counted_in_pairs(model, monkeypatch):
     answers = iter([[True, True, True, False], [True, False, False, True]])
-    monkeypatch.setattr(measure, "_answered", lambda model, samples: np.array(next(answers)))
+    monkeypatch.setattr(
+        measure, "_answered", lambda model, samples, logits_of: np.array(next(answers))
+    )
     text = Path(command.__file__).read_bytes()
     variants = of_group("selectors", "skip-softmax")
     (cell,) = measured(model, "selectors", variants, "needle", 300, 4, 0, text)
     assert (cell.dense, cell.sparse, cell.lost, cell.gained) == (3, 2, 2, 1)
 
 
-def test_dense_answers_of_the_bundled_model_are_right(model):
+@pytest.mark.parametrize("logits_of", [measure.at_once, measure.decoded])
+def test_dense_answers_of_the_bundled_model_are_right(model, logits_of):
     """The last byte of the answer counts, in a batch as alone."""
     rng = random.Random(0)
     samples = [
@@ -67,13 +71,27 @@ def test_dense_answers_of_the_bundled_model_are_right(model):
     wrong = samples[1].tokens.copy()
     wrong[samples[1].answers[-1][1] - 1] ^= 1
     samples[1] = replace(samples[1], tokens=wrong)
-    assert measure._answered(model, samples).tolist() == [True, False, True]
+    assert measure._answered(model, samples, logits_of).tolist() == [True, False, True]
 
 
 def test_every_setting_is_in_force_and_another_one(model):
     text = Path(command.__file__).read_bytes()
     found = list(measured(model, "settings", GROUPS["settings"], TEXT, 520, 1, 0, text))
     assert len({(cell.sparse_bits, cell.skipped) for cell in found}) == len(found)
+
+
+def test_what_is_decoded_skips_in_decode_alone(model):
+    text = Path(command.__file__).read_bytes()
+    variants = of_group("decode", "tiles of 16")
+    (cell,) = measured(model, "decode", variants, TEXT, 400, 1, 0, text)
+    assert 0 < cell.skipped < cell.visible and cell.more_bits != 0
+    # 8 layers, 6 heads, 64 steps that see 336 to 399 keys, in tiles of 16.
+    assert cell.visible == 8 * 6 * sum(-(-keys // 16) for keys in range(336, 400))
+    windows = text_windows(text, 1, 400)
+    whole = measure.at_once(model, windows[:, :-1], 64)
+    torch.testing.assert_close(
+        measure.decoded(model, windows[:, :-1], 64), whole, atol=1e-3, rtol=0
+    )
 
 
 def test_cells_of_one_place_add_up():
