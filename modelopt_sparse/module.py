@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from modelopt_sparse.calls import Observer
@@ -70,8 +71,11 @@ class SparseAttentionModule(nn.Module):
                 yield plan
 
     def record(self, output: AttentionOutput) -> None:
-        """Adds a call's tile counts to `stats`; a recomputed forward was counted the first time."""
-        if not inside_backward():
+        """Adds a call's tile counts to `stats`; a recomputed forward was counted the first time.
+
+        Calls that torch.compile traces aren't counted: a graph would hold for one count of calls.
+        """
+        if not torch.compiler.is_compiling() and not inside_backward():
             self.stats.record(output)
 
 

@@ -28,7 +28,7 @@ def get_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
         ``prefill`` and ``decode`` None (nothing was counted: no call, or no skipping in that phase) or a
         dict of ``calls``; ``visible``, tiles by query head; ``skipped``, the same; ``sparsity``, skipped /
         visible over all heads; ``counted``, for each further threshold its ``threshold`` and ``skipped``,
-        the tiles that it would have skipped, by head.
+        the tiles that it would have skipped, by head. Calls that `torch.compile` compiled aren't counted.
     """
     check_model(model)
     return {name: _module_data(module) for name, module in sparse_modules(model)}

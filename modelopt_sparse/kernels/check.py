@@ -165,10 +165,8 @@ def _resolved_skip(name: str, skip: S | None, kind: type[S], call: Call) -> S | 
     if (threshold is None and not is_counted) or call.seqs.max_k < least:
         return None
     if threshold is not None and least:
-        is_long = call.seqs.k_len[:, None] >= least
-        if not isinstance(threshold, Tensor):
-            threshold = torch.full((), threshold, dtype=torch.float64, device=call.q.device)
-        threshold = torch.where(is_long, threshold, torch.zeros_like(threshold))
+        # A product, for a number that makes a tensor would be a constant of a compiled graph.
+        threshold = (call.seqs.k_len[:, None] >= least).double() * threshold
     if threshold is skip.threshold and not counted:
         return skip
     return replace(
@@ -206,8 +204,8 @@ def _own_threshold(factor: Any, call: Call) -> Tensor | None:
     factor = check_factor("scale_factor", factor)
     if not factor:
         return None
-    lengths = call.seqs.k_len.clamp(min=1)[:, None]
-    return (torch.full_like(lengths, factor, dtype=torch.float64) / lengths).clamp(max=1.0)
+    thresholds: Tensor = factor / call.seqs.k_len[:, None].double()
+    return thresholds.clamp(max=1.0)
 
 
 def _check_tile_size(name: str, value: Any) -> None:

@@ -62,7 +62,7 @@ class ScaleFormula(BaseModel):
 
     def factor(self, target: float) -> float:
         """The scale factor for a share of tiles, as far as a float goes."""
-        return math.exp(min(math.log(self.a) + self.b * target, 700.0))
+        return math.exp(max(min(math.log(self.a) + self.b * target, 700.0), -700.0))
 
 
 class ScaleTable(BaseModel):
@@ -155,14 +155,14 @@ class CalibratedThreshold(BaseModel):
         return "; ".join(said)
 
     @cached_property
-    def scale_factor(self) -> float | ScaleFactors | None:
+    def scale_factor(self) -> ScaleFactors | None:
         """As a plan takes it; None for dense."""
         if not self.target_sparsity:
             return None
         if self.table is not None:
             return ScaleFactors(self.table.lengths, self.table.factors_at(self.target_sparsity))
         assert self.formula is not None
-        return self.formula.factor(self.target_sparsity)
+        return ScaleFactors((1,), (self.formula.factor(self.target_sparsity),))
 
 
 class SkipSoftmaxConfig(SparseMethodConfig):

@@ -10,7 +10,6 @@ import torch
 
 from modelopt_sparse.calibration.check_results import CheckRow
 from modelopt_sparse.calibration.fit import TARGETS
-from modelopt_sparse.kernels.scale_factors import ScaleFactors
 from modelopt_sparse.methods.calibrated import CalibratedThreshold
 
 from .elements import el
@@ -25,9 +24,7 @@ def lambda_at(threshold: CalibratedThreshold, target: float, length: int) -> flo
     """Lambda for a share of tiles above 0 and a number of keys; of heads the geometric mean."""
     factor = threshold.at(target).scale_factor
     assert factor is not None
-    if isinstance(factor, ScaleFactors):
-        return float(factor.thresholds(torch.tensor([length])).log().mean().exp())
-    return min(factor / length, 1.0)
+    return float(factor.thresholds(torch.tensor([length])).log().mean().exp())
 
 
 def curves(

@@ -86,7 +86,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 def plans(model: Any) -> dict[str, tuple[Any, Any]]:
     """The scale factors of each module that isn't dense, by phase."""
     return {
-        name: tuple(part and part.scale_factor for part in (plan.skip, plan.skip_decode))
+        name: tuple(part and part.scale_factor.factors[0] for part in (plan.skip, plan.skip_decode))
         for name in ATTENTION
         if getattr(module := model.get_submodule(name), "enabled", False)
         for plan in [module.method.plan()]

@@ -60,11 +60,12 @@ ALLOWED: dict[str, set[str]] = {
     "sparse_parts": {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
     },
-    "thresholds": {"calibration", "config", "methods", "module", "patterns", "sparse_parts"},
+    "thresholds": {
+        "calibration", "config", "kernels.scale_factors", "methods", "module", "patterns", "sparse_parts",
+    },
     "faithfulness": {"calls", "kernels.types", "modes", "module", "module_state", "stats"},
     "report_html": {
-        "bench", "calibration", "faithfulness", "kernels.scale_factors", "methods", "module_state",
-        "version",
+        "bench", "calibration", "faithfulness", "methods", "module_state", "version",
     },
     "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip
