@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .heads import skipped_by_head
 from .heads import table_of as heads_table
+from .loading import calibration_prompts
 from .reporting import progress
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def compare(
             return means
 
         before, dense = logits(), measure_all()
-        mtsa.sparsify(model, config)
+        mtsa.sparsify(model, config, calibration_prompts(model, config, bar))
         bar.update(task, description="sparse")
         sparse = measure_all()
     stats, summary = mtsa.get_stats(model), summary_table(model)

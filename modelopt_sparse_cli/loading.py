@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .reporting import waiting
+from .reporting import progress, waiting
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
     from modelopt_sparse import SparseAttentionConfig
@@ -50,9 +52,28 @@ def load_sparse_model(name: str, config: SparseAttentionConfig | None) -> PreTra
             sparse: PreTrainedModel = mtsa.from_pretrained(AutoModelForCausalLM, name, dtype="auto")
         return on_gpu(sparse)
     model = on_gpu(load_model(name))
-    with waiting("making it sparse"):
-        mtsa.sparsify(model, config)
+    make_sparse(model, config)
     return model
+
+
+def make_sparse(model: PreTrainedModel, config: SparseAttentionConfig) -> None:
+    """Makes the model sparse, with a bar where that calibrates it."""
+    import modelopt_sparse as mtsa
+
+    with progress() as bar:
+        mtsa.sparsify(model, config, calibration_prompts(model, config, bar))
+
+
+def calibration_prompts(
+    model: PreTrainedModel, config: SparseAttentionConfig, bar: Progress
+) -> Iterable[Tensor] | None:
+    """What `sparsify` calibrates with where nothing is given, tracked by the bar; None if it doesn't."""
+    from modelopt_sparse.calibration.prompts import prompts
+
+    aim = config.calibration
+    if aim is None:
+        return None
+    return bar.track(prompts(model, aim), total=aim.samples, description="calibrating")
 
 
 def check_is_sparse(name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .folders import check_output
-from .loading import import_libraries, load_model
+from .loading import import_libraries, load_model, make_sparse
 from .options import (
     ConfigOption,
     ForceOption,
@@ -39,7 +39,7 @@ def command(
 
         chosen = chosen_config(preset, config)
         sparse = load_model(model)
-        mtsa.sparsify(sparse, chosen)
+        make_sparse(sparse, chosen)
         has_tokenizer = save_checkpoint(sparse, model, output)
         mtsa.print_sparse_attention_summary(sparse, report.console)
         say_saved(report.console, model, output, has_tokenizer)

@@ -147,6 +147,29 @@ def test_a_bound_in_place_of_a_share_takes_the_place_of_that_in_the_file(dense, 
     assert json.loads(done.stdout)["check"] is None
 
 
+@pytest.mark.parametrize("name", ["sparsify", "eval", "quickstart"])
+def test_other_commands_that_calibrate_show_how_far_they_are(name, dense, tmp_path):
+    rules = {
+        "sparse_cfg": {"*": {"method": "triton_skip_softmax"}},
+        "calibration": {"samples": 2, "max_seqlen": 1024, "num_decode_tokens": 1},
+    }
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    options = {
+        "sparsify": ("--output", tmp_path / "o"),
+        "eval": ("--length", 200, "--samples", 1),
+        "quickstart": ("--length", 200, "--windows", 1),
+    }[name]
+    done = run(name, dense, "--config", tmp_path / "rules.json", *options, "--json")
+    assert done.exit_code == 0, done.output
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("calibrating"))
+    assert "2/2" in line
+    if name == "sparsify":
+        model = mtsa.sparsify(AutoModelForCausalLM.from_pretrained(dense), rules)
+        assert thresholds(tmp_path / "o") == [
+            module.method.config for _, module in sparse_modules(model)
+        ]
+
+
 @pytest.mark.parametrize("moment", ["calibrating", "checking"])
 def test_an_interrupted_calibration_leaves_nothing(moment, dense, tmp_path, monkeypatch):
     make, seeds = prompts_file.make_task, []
