@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -104,6 +105,8 @@ class _Line(NamedTuple):
     zero: Tensor
 
 
+# Kept beyond the factors' own life: a CUDA graph that has read the tensors reads them in every replay.
+@lru_cache(maxsize=4096)
 def _line(scale: ScaleFactors, device: torch.device) -> _Line:
     lengths = [math.log2(length) for length in scale.lengths]
     rows = [[math.log2(factor) for factor in row] for row in scale._rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from modelopt_sparse.kernels import (
     NMSparsity,
     Plan,
+    ScaleFactors,
     ScoreGrid,
     Seqs,
     SkipSoftmax,
@@ -125,6 +127,27 @@ def change_in_place(setup, what: str) -> None:
         seqs.q_len.copy_(torch.where(seqs.q_len > 2, seqs.q_len - 2, seqs.q_len))
     if what == "places":
         seqs.k_start.copy_(torch.where(seqs.k_len > 0, seqs.k_start + 1, seqs.k_start))
+
+
+@pytest.mark.parametrize("lengths", [(64,), (64, 128, 512)], ids=["one length", "lengths"])
+def test_a_captured_graph_keeps_scale_factors_that_nobody_else_holds(lengths):
+    setup = kind("skip")
+    row = tuple(4.0 + head for head in range(setup.q.shape[1]))
+    factors = ScaleFactors(lengths, (row,) * len(lengths))
+    plan = Plan(skip=SkipSoftmax(None, 16, 16, scale_factor=factors))
+    with torch.no_grad():
+        wanted = results(run(setup, plan=plan))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = results(run(setup, plan=plan))
+    assert int(wanted["prefill.skipped"].sum()) > 0
+    del factors, plan
+    gc.collect()
+    # They take the place of what nobody holds.
+    taken = [torch.full((n,), torch.nan, dtype=torch.float64, device=DEVICE) for n in range(1, 99)]
+    graph.replay()
+    assert_same_bits(found, wanted)
+    assert all(x.isnan().all() for x in taken)
 
 
 @pytest.mark.parametrize("name", ["2:4", "skip"])

@@ -23,20 +23,29 @@ def poison_uninitialised_memory():
     """Not here: what is captured must be torch's own functions."""
 
 
-def model_of(is_sparse):
+TABLE = {"lengths": [32, 128], "targets": [0.2, 0.8], "factors": [[2.0, 20.0], [4.0, 40.0]]}
+THRESHOLDS = {
+    "dense": None,
+    "sparse": 0.1,
+    "calibrated": {"target_sparsity": 0.6, "table": TABLE},
+}
+
+
+def model_of(threshold):
     hf.register()
     model = tiny_llama(hf.ATTENTION_NAME)
-    if is_sparse:
-        threshold = dict.fromkeys(("skip_softmax_threshold", "skip_softmax_decode_threshold"), 0.1)
-        mtsa.sparsify(model, config_of("triton_skip_softmax", decode_block_keys=16, **threshold))
+    if threshold:
+        phases = ("skip_softmax_threshold", "skip_softmax_decode_threshold")
+        fields = dict.fromkeys(phases, threshold)
+        mtsa.sparsify(model, config_of("triton_skip_softmax", decode_block_keys=16, **fields))
     return model.to(DEVICE)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_padded", [False, True], ids=["no mask", "2-D mask"])
-@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
-def test_a_captured_step_is_the_eager_one(is_sparse, is_padded):
-    model, mask = model_of(is_sparse), None
+@pytest.mark.parametrize("threshold", THRESHOLDS.values(), ids=THRESHOLDS)
+def test_a_captured_step_is_the_eager_one(threshold, is_padded):
+    model, mask = model_of(threshold), None
     if is_padded:
         mask = torch.ones(BATCH, CAPACITY, dtype=torch.int64, device=DEVICE)
         mask[0, :21] = 0
@@ -56,7 +65,7 @@ def test_a_captured_step_is_the_eager_one(is_sparse, is_padded):
     for _ in range(STEPS):
         expected.append(step(cache, token))
         token = expected[-1].argmax(-1)
-    if is_sparse:
+    if threshold:
         assert all(skipped(model, "decode").values())
     counted = skipped(model, "decode")
 
