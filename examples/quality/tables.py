@@ -50,7 +50,7 @@ def group_table(cells: Sequence[Cell], group: str) -> str:
                 _line(
                     f"{length}",
                     variant,
-                    _skipped(text, group),
+                    _skipped(text, tasks, group),
                     _more(text) if text else "",
                     _points(_together(tasks)) if tasks else "",
                     f"{worst.task} {_points(worst)}" if worst and worst.drop > 0 else "",
@@ -88,7 +88,7 @@ def refreshed(document: Path) -> str:
             tasks_table(cells) if name == TASK_TABLE else group_table(cells, name) for name in names
         ]
         said = ", ".join(f"{name} {value}" for name, value in where.items() if value)
-        return "\n\n".join(["", said, *tables, ""])
+        return "\n\n".join([said, *tables]) + "\n"
 
     return BLOCKS.rewritten(document, content)
 
@@ -117,9 +117,10 @@ def _points(cell: Cell) -> str:
     return f"{points:+.1f} ({-100 * high:+.1f} to {-100 * low:+.1f})"
 
 
-def _skipped(text: Cell | None, group: str) -> str:
+def _skipped(text: Cell | None, tasks: Sequence[Cell], group: str) -> str:
     if text is None:
-        return ""
+        shares = [cell.sparsity for cell in tasks if cell.sparsity is not None]
+        return f"{sum(shares) / len(shares):.1%} (of tasks)" if shares else ""
     # Tiles that are given aren't counted: they are as many as skip-softmax keeps.
     as_many = group in ("selectors", "orders")
     return f"{text.sparsity:.1%}" if text.sparsity is not None else "as many" * as_many

@@ -81,7 +81,7 @@ class FlashSkipSoftmaxConfig(DecodeTileFields, SkipSoftmaxConfig):
     method: Literal["flash_skip_softmax"] = "flash_skip_softmax"
     backend: Literal["triton", "pytorch"] = "pytorch"
     thresholds: Annotated[PhaseThresholds, BeforeValidator(_by_phase)] = PhaseThresholds(
-        prefill=(0.1,), decode=(1e-4,)
+        prefill=(0.1,), decode=(0.01,)
     )
     br: TileSize = 64
     bc: TileSize = 128

@@ -241,7 +241,7 @@ def test_defaults_are_what_the_documentation_says():
     assert FlashSkipSoftmaxConfig().model_dump() == {
         "method": FLASH,
         "backend": "pytorch",
-        "thresholds": {"prefill": (0.1,), "decode": (1e-4,)},
+        "thresholds": {"prefill": (0.1,), "decode": (0.01,)},
         "br": 64,
         "bc": 128,
         "decode_block_keys": 64,

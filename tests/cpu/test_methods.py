@@ -116,8 +116,8 @@ def test_sparse_softmax_plans_n_of_m_and_nothing_where_n_is_m(fields, plan):
 @pytest.mark.parametrize(
     ("fields", "plan"),
     [
-        ({}, (None, skip(0.1), skip_decode(1e-4))),
-        ({"br": 16, "bc": 32}, (None, skip(0.1, 16, 32), skip_decode(1e-4))),
+        ({}, (None, skip(0.1), skip_decode(0.01))),
+        ({"br": 16, "bc": 32}, (None, skip(0.1, 16, 32), skip_decode(0.01))),
         (
             {"thresholds": {"prefill": [0.5, 0.1, 0.2], "decode": [0.1, 1]}},
             (None, skip(0.5, counted=(0.1, 0.2)), skip_decode(0.1, (1.0,))),
@@ -134,7 +134,7 @@ def test_sparse_softmax_plans_n_of_m_and_nothing_where_n_is_m(fields, plan):
             (
                 None,
                 skip(0.1, least=AUTO_MIN_CONTEXT),
-                skip_decode(1e-4, least=AUTO_MIN_CONTEXT),
+                skip_decode(0.01, least=AUTO_MIN_CONTEXT),
             ),
         ),
     ],
