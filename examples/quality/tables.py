@@ -37,7 +37,17 @@ def summary(cell: Cell) -> str:
 
 def group_table(cells: Sequence[Cell], group: str) -> str:
     """Variants of a group by length: tiles skipped, bits per byte, and the task that lost most."""
-    lines = _begin(("length", group, "skipped", "bits per byte", "all tasks", "worst task", "of"))
+    heads = (
+        "length",
+        group,
+        "skipped",
+        "in tasks",
+        "bits per byte",
+        "all tasks",
+        "worst task",
+        "of",
+    )
+    lines = _begin(heads)
     own = sorted((cell for cell in cells if cell.group == group), key=lambda cell: cell.length)
     for length, of_length in groupby(own, key=lambda cell: cell.length):
         of_all = list(of_length)
@@ -45,16 +55,18 @@ def group_table(cells: Sequence[Cell], group: str) -> str:
             found = {cell.task: cell for cell in of_all if cell.variant == variant}
             text = found.pop(TEXT, None)
             tasks = [found[name] for name in TASKS if name in found]
+            all_tasks = _together(tasks) if tasks else None
             worst = max(tasks, key=lambda cell: cell.drop, default=None)
             lines.append(
                 _line(
                     f"{length}",
                     variant,
-                    _skipped(text, tasks, group),
+                    _skipped(text, group),
+                    _skipped(all_tasks, group),
                     _more(text) if text else "",
-                    _points(_together(tasks)) if tasks else "",
+                    _points(all_tasks) if all_tasks else "",
                     f"{worst.task} {_points(worst)}" if worst and worst.drop > 0 else "",
-                    f"{sum(cell.samples for cell in tasks)}" if tasks else "",
+                    f"{all_tasks.samples}" if all_tasks else "",
                 )
             )
     return "\n".join(lines)
@@ -99,6 +111,7 @@ def _together(cells: Sequence[Cell]) -> Cell:
         Cell(
             cell.group, cell.variant, "all", cell.length, cell.samples,
             cell.dense, cell.sparse, cell.lost, cell.gained,
+            visible=cell.visible, skipped=cell.skipped,
         )
         for cell in cells
     ]  # fmt: skip
@@ -117,13 +130,12 @@ def _points(cell: Cell) -> str:
     return f"{points:+.1f} ({-100 * high:+.1f} to {-100 * low:+.1f})"
 
 
-def _skipped(text: Cell | None, tasks: Sequence[Cell], group: str) -> str:
-    if text is None:
-        shares = [cell.sparsity for cell in tasks if cell.sparsity is not None]
-        return f"{sum(shares) / len(shares):.1%} (of tasks)" if shares else ""
+def _skipped(cell: Cell | None, group: str) -> str:
+    if cell is None:
+        return ""
     # Tiles that are given aren't counted: they are as many as skip-softmax keeps.
     as_many = group in ("selectors", "orders")
-    return f"{text.sparsity:.1%}" if text.sparsity is not None else "as many" * as_many
+    return f"{cell.sparsity:.1%}" if cell.sparsity is not None else "as many" * as_many
 
 
 def _share(share: float, interval: Interval) -> str:
