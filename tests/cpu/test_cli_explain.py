@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import modelopt_sparse as mtsa
+from modelopt_sparse.errors import UnsupportedModel
 from modelopt_sparse.kernels import ScoreGrid, choices, hopper_prefill
 from modelopt_sparse.models.attention import attention_targets
 from modelopt_sparse.module import observed
@@ -24,6 +26,8 @@ from tests.cpu.tiny import ATTENTION, tiny_config, tiny_llama
 EVERYTHING = {"sparse_cfg": {"*": {"method": "triton_skip_softmax"}}, "include_non_causal": True}
 LENGTH = 20
 FIRST, SECOND = ATTENTION
+# The oldest transformers' OPT makes a mask of its own, whose values say what is padding.
+READ = {"opt"} if transformers.__version__.startswith("5.17.") else set()
 
 
 def shapes(call):
@@ -61,6 +65,10 @@ def test_the_traced_calls_are_those_of_the_model(family):
         seen.append({})
         model(torch.ones(1, 1).long(), use_cache=True, past_key_values=past)
     empty, mode = empty_model(config_of(family))
+    if family in READ:
+        with pytest.raises(UnsupportedModel, match="without values"):
+            trace(empty, mode, LENGTH)
+        return
     found = trace(empty, mode, LENGTH)
     assert seen[0]
     for calls, expected in zip((found.prefill, found.decode), seen, strict=True):
