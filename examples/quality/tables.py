@@ -9,6 +9,7 @@ A block names a file and a group of variants, or ``tasks``, each task under each
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -107,14 +108,7 @@ def refreshed(document: Path) -> str:
 
 def _together(cells: Sequence[Cell]) -> Cell:
     """All tasks as one."""
-    first, *others = [
-        Cell(
-            cell.group, cell.variant, "all", cell.length, cell.samples,
-            cell.dense, cell.sparse, cell.lost, cell.gained,
-            visible=cell.visible, skipped=cell.skipped,
-        )
-        for cell in cells
-    ]  # fmt: skip
+    first, *others = (replace(cell, task="all") for cell in cells)
     return sum(others, first)
 
 
