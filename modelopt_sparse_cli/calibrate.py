@@ -9,7 +9,7 @@ import typer
 
 from .fitted import fitted_thresholds, table_of
 from .folders import check_output
-from .loading import context_of, import_libraries, load_sparse_model
+from .loading import import_libraries, load_sparse_model
 from .options import (
     ConfigOption,
     ForceOption,
@@ -181,24 +181,15 @@ def _calibration(
     """What is asked for: by options, then by the file, then by default.
 
     Raises:
-        ArgumentError: prompts are longer than what the model takes.
-        ConfigError: a value isn't taken.
+        ConfigError: a value isn't taken, or prompts would be longer than what the model takes.
     """
     from modelopt_sparse import CalibrationConfig
+    from modelopt_sparse.calibration.prompts import fitting
     from modelopt_sparse.config.calibration import AIMS
-    from modelopt_sparse.errors import ArgumentError, describe
 
     fields = {} if in_file is None else in_file.model_dump(exclude_unset=True)
     asked = {name: value for name, value in given.items() if value is not None}
     if any(name in asked for name in AIMS):
         fields = {name: value for name, value in fields.items() if name not in AIMS}
     fields |= asked
-    aim = CalibrationConfig.load(fields)
-    context = context_of(model)
-    if context is None or aim.max_seqlen + aim.num_decode_tokens <= context:
-        return aim
-    most = context - aim.num_decode_tokens
-    if "max_seqlen" in fields:
-        takes = f"at most {most} for this model, with the tokens that it writes"
-        raise ArgumentError(describe("--max-seqlen", aim.max_seqlen, takes))
-    return CalibrationConfig.load({**fields, "max_seqlen": most})
+    return fitting(model, CalibrationConfig.load(fields))

@@ -25,6 +25,25 @@ _CHARACTERS = 4096
 _NEXT, _APART = 0.618, 2**0.5 - 1
 
 
+def fitting(model: nn.Module, config: CalibrationConfig) -> CalibrationConfig:
+    """The same, with prompts that the model has room for where nobody says how long they are to be.
+
+    Raises:
+        ConfigError: `max_seqlen` is given, and with the tokens that the model writes it is more than the
+            model's configuration says that it takes.
+    """
+    whole: Any = getattr(model, "config", None)
+    text = None if whole is None else whole.get_text_config()
+    context: int | None = getattr(text, "max_position_embeddings", None)
+    if context is None or config.max_seqlen + config.num_decode_tokens <= context:
+        return config
+    most = context - config.num_decode_tokens
+    if "max_seqlen" in config.model_fields_set:
+        takes = f"at most {most} for this model, with the tokens that it writes"
+        raise ConfigError(describe("calibration.max_seqlen", config.max_seqlen, takes))
+    return config.model_copy(update={"max_seqlen": most})
+
+
 def prompts(
     model: nn.Module,
     config: CalibrationConfig,

@@ -94,7 +94,8 @@ class CalibrationConfig(BaseModel):
         form: "table" runs what was measured, by length; "formula" runs a * exp(b * share) / keys, which
             serving engines read.
         samples: how many prompts, where no forward_loop brings its own.
-        max_seqlen: tokens of the longest of these. The others are halves, quarters ... down to 1024.
+        max_seqlen: tokens of the longest of these, or fewer where nobody says how many and the model takes
+            fewer. The others are halves, quarters ... down to 1024.
         chunk_size: prompts are given to the model in chunks of so many tokens; None: whole.
         num_decode_tokens: tokens that the model writes after each, which calibrate decode.
         text_files: prompts are cut out of these files; None: tasks are made up, with seeds.

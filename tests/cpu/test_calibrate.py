@@ -526,6 +526,22 @@ def test_a_bidirectional_module_is_refused(model):
         mtsa.calibrate(model, SMALL, lambda m: m(source(600), attention_mask=None))
 
 
+def test_prompts_are_no_longer_than_the_model_takes(model):
+    """With the tokens that it writes; what is asked for in so many words isn't changed."""
+    model.config.max_position_embeddings = 1030
+    lengths = []
+    model.register_forward_pre_hook(
+        lambda _, args, given: lengths.append(given["attention_mask"].shape[1]), with_kwargs=True
+    )
+    one = {"samples": 1, "num_decode_tokens": 2}
+    mtsa.calibrate(model, one)
+    assert lengths == [1028, 1029, 1030]
+    mtsa.check_calibration(model, None, one)
+    assert max(lengths) == 1030
+    with pytest.raises(ConfigError, match=r"calibration\.max_seqlen: got 1029; takes at most 1028"):
+        mtsa.calibrate(model, {**one, "max_seqlen": 1029})
+
+
 def test_prompts_have_the_lengths_asked_for_and_end_with_their_question():
     config = CalibrationConfig(samples=4, max_seqlen=4096, tokenizer=str(MODEL))
     found = list(prompts(nn.Linear(1, 1), config))
