@@ -62,7 +62,7 @@ class ScaleFormula(BaseModel):
 
     def factor(self, target: float) -> float:
         """The scale factor for a share of tiles, as far as a float goes."""
-        return math.exp(max(min(math.log(self.a) + self.b * target, 700.0), -700.0))
+        return math.exp(min(math.log(self.a) + self.b * target, 700.0))
 
 
 class ScaleTable(BaseModel):
