@@ -12,7 +12,7 @@ from modelopt_sparse.kernels import attention_triton
 from tests.cpu.tiny import config_of, prompt, tiny_llama
 from tests.inputs import needs_interpreter
 
-pytestmark = needs_interpreter
+pytestmark = [needs_interpreter, pytest.mark.slow]
 
 LENGTHS, SHARES = [32, 64, 128], [0.1, 0.5, 0.9]
 FACTORS = [[2.0, 8.0, 40.0], [2.0, 12.0, 60.0], [3.0, 20.0, 100.0]]
