@@ -17,7 +17,7 @@ from modelopt_sparse.module import SparseAttentionModule, observed
 from .budget import PROBES
 from .derive import thresholds
 from .loop import run_prompts
-from .prompts import fitting, prompts
+from .prompts import prompts
 from .recorder import Recorder, shortest
 
 Data = Callable[[nn.Module], object] | Iterable[Any] | None
@@ -86,4 +86,4 @@ def _run(model: nn.Module, config: CalibrationConfig, data: Data) -> None:
     if data is not None and not isinstance(data, Iterable):
         takes = "a function of the model, an iterable of batches, or None"
         raise ArgumentTypeError(describe("forward_loop", repr(data)[:100], takes))
-    run_prompts(model, prompts(model, fitting(model, config)) if data is None else data, config)
+    run_prompts(model, prompts(model, config) if data is None else data, config)

@@ -25,7 +25,7 @@ from modelopt_sparse.module_state import sparse_modules
 from .bound import COSTS
 from .check_results import CalibrationCheck, CheckRow
 from .loop import run_prompts, sequences
-from .prompts import fitting, prompts
+from .prompts import prompts
 
 HELD_OUT = 1
 """The seed of prompts that `calibrate` doesn't make."""
@@ -73,7 +73,7 @@ def check_calibration(
     modules = {module for _, module in targets}
     counted: dict[tuple[PhaseName, int], Tensor] = {}
     probes: dict[int, dict[SparseAttentionModule, Probe]] = {}
-    given = prompts(model, fitting(model, chosen), HELD_OUT) if batches is None else batches
+    given = prompts(model, chosen, HELD_OUT) if batches is None else batches
     for ids in _sequences(model, given):
         with counting_anew(modules):
             run_prompts(model, [ids], chosen)

@@ -57,11 +57,11 @@ def prompts(
         seed: other ones give other samples; of files, parts that begin elsewhere.
 
     Raises:
-        ConfigError: there is no tokenizer, or a file is too short.
+        ConfigError: there is no tokenizer, a file is empty, or as `fitting`.
         FileNotFoundError: a file isn't there.
     """
     tokenizer = _tokenizer(model, config.tokenizer)
-    lengths = lengths or _halves(config.max_seqlen)
+    lengths = lengths or _halves(fitting(model, config).max_seqlen)
     for index in range(config.samples):
         # All lengths with one kind of task, or one file, before the next.
         turn, place = divmod(index, len(lengths))

@@ -288,6 +288,7 @@ def test_no_row_loses_more_than_is_allowed(model, kind):
         mass.max.overall
         for length in (512, 1024)
         for mass in dropped_masses(model, prompt[:, :length])
+        if mass is not None  # a layer that skips nothing has none
     ]
     assert 0.3 * bound < max(found) <= bound, found
 
