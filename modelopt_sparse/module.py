@@ -41,12 +41,17 @@ class SparseAttentionModule(nn.Module):
 
     def attach(self, method: SparseMethod[Any], enabled: bool) -> None:
         """Sets what this module does. Called once by the conversion, before the first forward."""
-        self.method = method
+        self.set_method(method)
         self.enabled = enabled
         self.active_plan = None
         self.stats = AttentionStats()
         self.replay = Replay()
         self.observer = None
+
+    def set_method(self, method: SparseMethod[Any]) -> None:
+        """Has this method from now on, its plan ready for the device where the module is."""
+        self.method = method
+        method.plan().prepare(next((x.device for x in self.parameters()), torch.device("cpu")))
 
     def detach(self) -> None:
         """Removes what `attach` and the calls since have set."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
@@ -13,7 +12,6 @@ from modelopt_sparse.calibration.calibrate import Data, calibrated
 from modelopt_sparse.config.calibration import CalibrationConfig, TargetSparsity
 from modelopt_sparse.config.explain import explained
 from modelopt_sparse.errors import ConfigError, describe
-from modelopt_sparse.kernels.scale_factors import ScaleFactors
 from modelopt_sparse.methods.base import SparseMethodConfig
 from modelopt_sparse.methods.calibrated import CalibratedThreshold, PhaseName, SkipSoftmaxConfig
 from modelopt_sparse.module import SparseAttentionModule
@@ -91,9 +89,4 @@ def _replace(
     modules: Mapping[str, SparseAttentionModule], configs: Mapping[str, SparseMethodConfig]
 ) -> None:
     for name, module in modules.items():
-        module.method = type(module.method)(configs[name])
-        plan = module.method.plan()
-        device = next((x.device for x in module.parameters()), torch.device("cpu"))
-        for part in (plan.skip, plan.skip_decode):
-            if part is not None and isinstance(part.scale_factor, ScaleFactors):
-                part.scale_factor.prepare(device)
+        module.set_method(type(module.method)(configs[name]))

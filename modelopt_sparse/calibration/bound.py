@@ -27,15 +27,15 @@ class Cost:
         at_probe: that of a module, from its tally, at a probe.
         found: the same where it was compared.
         together: one number of those of several modules.
-        between_probes: it is interpolated between two probes, and so kept to about. If not, the probe within
-            the bound counts, and it isn't exceeded on what was counted.
+        is_mass: it is of the mass that kernels sum, and the least probe within the bound counts, so that it
+            isn't exceeded on what was counted. If not, it is interpolated between two probes.
     """
 
     name: str
     at_probe: Callable[[Tally, int], float]
     found: Callable[[PhaseComparison], float]
     together: Callable[[Sequence[float]], float]
-    between_probes: bool = False
+    is_mass: bool = True
 
 
 def _error(tally: Tally, probe: int) -> float:
@@ -72,7 +72,7 @@ COSTS: dict[BoundName, Cost] = {
         _error,
         lambda found: found.relative_error.overall,
         _root_mean_square,
-        between_probes=True,
+        is_mass=False,
     ),
     "target_dropped_mass": Cost("mean dropped mass", _mean_mass, _found_mean, _mean),
     "target_max_dropped_mass": Cost("max dropped mass", _max_mass, _found_max, max),
@@ -85,29 +85,33 @@ def share_within(modules: Sequence[Tallies], phase: Phase, cost: Cost, bound: fl
 
     Args:
         modules: what was counted of each, with what the probes cost.
-        bound: the cost of all of them stays within it at each length.
+        bound: what they cost together stays within it at each length, of those that have sequences of it.
     Returns:
-        The share: at most the largest of `TARGETS`, 0 where even the least probe costs more.
+        The share: at most the largest of `TARGETS`, or what lambda 1 skips where that is within the bound; 0
+        where even the least probe costs more.
     """
-    lengths = [by_length(own, phase) for own in modules]
-    common = set.intersection(*map(set, lengths)) if lengths else set()
-    shares = [_share_at([own[length] for own in lengths], cost, bound) for length in common]
-    return min(shares, default=TARGETS[-1])
+    found = [by_length(own, phase) for own in modules]
+    lengths = set().union(*found)
+    tallies = [[own[length] for own in found if length in own] for length in lengths]
+    curves = [Curve.of([tally.histogram for tally in own]) for own in tallies]
+    limits = [_limit(own, curve, cost, bound) for own, curve in zip(tallies, curves, strict=True)]
+    most = max((curve.most for curve in curves), default=0.0)
+    return min([limit for limit in limits if limit is not None], default=min(most, TARGETS[-1]))
 
 
-def _share_at(tallies: Sequence[Tally], cost: Cost, bound: float) -> float:
+def _limit(tallies: Sequence[Tally], curve: Curve, cost: Cost, bound: float) -> float | None:
+    """The share where the cost reaches the bound, at most the largest of `TARGETS`; None if it never does."""
     costs = [
         cost.together([cost.at_probe(own, probe) for own in tallies])
         for probe in range(len(PROBES))
     ]
-    curve = Curve.of([own.histogram for own in tallies])
-    if costs[0] <= bound:
-        return TARGETS[-1]  # not even lambda 1 costs more
     inside = next((i for i, found in enumerate(costs) if found <= bound), None)
     if inside is None:
         return 0.0
+    if inside == 0:
+        return None  # not even lambda 1 costs more
     threshold = PROBES[inside]
-    if cost.between_probes:
+    if not cost.is_mass:
         # The logarithm of the cost is taken as linear in that of lambda.
         logs = [math.log(max(costs[i], 1e-15)) for i in (inside, inside - 1)]
         lambdas = [math.log(PROBES[i]) for i in (inside, inside - 1)]

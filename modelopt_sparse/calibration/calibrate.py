@@ -14,6 +14,7 @@ from modelopt_sparse.methods.calibrated import PhaseName, SkipSoftmaxConfig
 from modelopt_sparse.methods.fields import least_context
 from modelopt_sparse.module import SparseAttentionModule, observed
 
+from .bound import COSTS
 from .budget import PROBES
 from .derive import thresholds
 from .loop import run_prompts
@@ -47,7 +48,7 @@ def calibrated(
     shares, bound = config.shares, config.bound
     asked = list(bound.of if bound else [phase for phase, share in shares.items() if share])
     is_probed = bound is not None or config.thresholds_for == "head"
-    weighs = bound is not None and bound.name != "target_error"
+    weighs = bound is not None and COSTS[bound.name].is_mass
     recorders = {
         name: Recorder(
             type(module.method)(methods[name].with_thresholds(dict.fromkeys(asked, 1.0), 0)).plan(),

@@ -95,7 +95,7 @@ def check_calibration(
                 phase,
                 length,
                 counted[phase, length],
-                _limits(phase, targets, probes.get(length, {}), chosen),
+                *_bound_and_cost(phase, targets, probes.get(length, {}), chosen),
             )
             for phase, length in sorted(counted, key=lambda key: (PHASES.index(key[0]), key[1]))
         ),
@@ -138,7 +138,9 @@ def _tiles(targets: Shares) -> dict[PhaseName, Tensor]:
     return found
 
 
-def _row(phase: PhaseName, length: int, tiles: Tensor, limits: dict[str, float]) -> CheckRow:
+def _row(
+    phase: PhaseName, length: int, tiles: Tensor, bound: float | None, cost: float | None
+) -> CheckRow:
     ran, visible, wanted, skipped = tiles.tolist()
     return CheckRow(
         phase=phase,
@@ -146,24 +148,22 @@ def _row(phase: PhaseName, length: int, tiles: Tensor, limits: dict[str, float])
         sequences=int(ran),
         target=wanted / visible,
         achieved=skipped / visible,
-        **limits,
+        bound=bound,
+        cost=cost,
     )
 
 
-def _limits(
+def _bound_and_cost(
     phase: PhaseName,
     targets: Shares,
     probes: Mapping[SparseAttentionModule, Probe],
     config: CalibrationConfig,
-) -> dict[str, float]:
-    """What skipping may cost in a phase, and what it does, where the configuration bounds it."""
+) -> tuple[float | None, float | None]:
+    """What skipping may cost in a phase, and what it does; None where the configuration doesn't bound it."""
     if config.bound is None or phase not in config.bound.of:
-        return {}
+        return None, None
     cost = COSTS[config.bound.name]
     found = [probes[module].result(Phase(phase), None) for own, module in targets if own == phase]
     costs = [cost.found(one) for one in found if one is not None]
-    of_each = config.thresholds_for == "layer"
-    return {
-        "bound": config.bound.of[phase],
-        "cost": max(costs) if of_each else cost.together(costs),
-    }
+    of_all = max if config.thresholds_for == "layer" else cost.together
+    return config.bound.of[phase], of_all(costs)

@@ -72,16 +72,16 @@ def _counted(tallies: Tallies, phase: Phase) -> dict[int, Tally]:
 def _tables_by_head(
     recorders: Mapping[str, Recorder], phase: Phase, targets: tuple[float, ...]
 ) -> dict[str, ScaleTable]:
-    """By module, scale factors of each head, such that all modules together skip each of these shares.
+    """By module, scale factors of each head, such that the modules with sequences of a length together skip
+    each of these shares.
 
     Raises:
         ConfigError: there were no tokens in that phase.
     """
     counted = {name: _counted(own.tallies, phase) for name, own in recorders.items()}
-    lengths = sorted(set.intersection(*(set(own) for own in counted.values())))
-    rows: dict[str, list[tuple[tuple[float, ...], ...]]] = {name: [] for name in counted}
-    for length in lengths:
-        at_length = {name: own[length] for name, own in counted.items()}
+    rows: dict[str, dict[int, tuple[tuple[float, ...], ...]]] = {name: {} for name in counted}
+    for length in sorted(set().union(*counted.values())):
+        at_length = {name: own[length] for name, own in counted.items() if length in own}
         curves = {
             name: [Curve.of([column[:, None]]) for column in tally.histogram.T]
             for name, tally in at_length.items()
@@ -91,19 +91,17 @@ def _tables_by_head(
         first = 0
         for name, own in curves.items():
             voters = recorders[name].heads // len(own)
-            rows[name].append(
+            rows[name][length] = tuple(
                 tuple(
-                    tuple(
-                        factor(curve, share, length)
-                        for curve, share in zip(own, found[first:], strict=False)
-                        for _ in range(voters)
-                    )
-                    for found in by_target
+                    factor(curve, share, length)
+                    for curve, share in zip(own, found[first:], strict=False)
+                    for _ in range(voters)
                 )
+                for found in by_target
             )
             first += len(own)
     return {
-        name: ScaleTable(lengths=tuple(lengths), targets=targets, factors=tuple(own))
+        name: ScaleTable(lengths=tuple(own), targets=targets, factors=tuple(own.values()))
         for name, own in rows.items()
     }
 

@@ -24,6 +24,8 @@ _CHARACTERS = 4096
 # another seed all are shifted, by what doesn't take one onto another.
 _NEXT, _APART = 0.618, 2**0.5 - 1
 
+_REMEDY = "Give prompts of your own as forward_loop."
+
 
 def fitting(model: nn.Module, config: CalibrationConfig) -> CalibrationConfig:
     """The same, with prompts that the model has room for where nobody says how long they are to be.
@@ -78,6 +80,9 @@ def prompts(
             opening, question = _ids(tokenizer, ""), []
             middle = _many(tokenizer, _parts(path, (_NEXT * index + _APART * seed) % 1.0))
         wanted = length - len(opening) - len(question)
+        if wanted < 1:
+            takes = f"at least {length - wanted + 1} tokens for a prompt of this kind"
+            raise ConfigError(describe("calibration.max_seqlen", length, takes, _REMEDY))
         ids = [*opening, *islice(middle, wanted), *question]
         yield torch.tensor([ids])
 
@@ -91,7 +96,7 @@ def _halves(longest: int) -> list[int]:
 
 def _tokenizer(model: nn.Module, name: str | None) -> Any:
     name = name or getattr(model, "name_or_path", "") or ""
-    remedy = "Give a forward_loop, or calibration.tokenizer."
+    remedy = f"{_REMEDY} Or give calibration.tokenizer."
     if not name:
         got = "a model that wasn't loaded from a checkpoint"
         raise ConfigError(describe("calibration.tokenizer", got, "a name or path", remedy))

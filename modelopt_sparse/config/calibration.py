@@ -27,13 +27,12 @@ _TAKES = 'a number, or {"prefill": number, "decode": number}, one or both'
 
 def by_phase(value: Any) -> Any:
     """A number for both phases, or one for each, as a mapping of phases."""
-    if isinstance(value, Mapping):
-        if not value or set(value) - set(_PHASES):
-            raise not_taken("target", _TAKES)
-        return dict(value)
-    if isinstance(value, bool) or value is None:
+    of_phases = dict(value) if isinstance(value, Mapping) else dict.fromkeys(_PHASES, value)
+    if not of_phases or set(of_phases) - set(_PHASES):
         raise not_taken("target", _TAKES)
-    return dict.fromkeys(_PHASES, value)
+    if any(isinstance(number, bool) or number is None for number in of_phases.values()):
+        raise not_taken("target", _TAKES)
+    return of_phases
 
 
 TargetSparsity = Annotated[dict[PhaseName, Share], BeforeValidator(by_phase)]
@@ -84,7 +83,8 @@ class CalibrationConfig(BaseModel):
             whose error stays within it at every length, with one threshold for all heads of them.
         target_dropped_mass: in place of a share, how much softmax weight may lie in skipped tiles: the share
             of a query row's weight, of what N:M left, mean over all rows that see a key, over heads and over
-            the modules ("layer": of each). Above 0 and below 1; otherwise as `target_error`.
+            the modules ("layer": of each). Above 0 and below 1. The lambdas that are tried are an octave
+            apart, so it may stay well within; otherwise as `target_error`.
         target_max_dropped_mass: the same of the row, head and module that lose most; not by head. On other
             prompts a row may lose more.
         thresholds_for: "model" has one threshold by length for all modules, so that the share holds over
@@ -92,7 +92,7 @@ class CalibrationConfig(BaseModel):
             one for each head, such that all of them together skip that share, each as much as changes the
             output of its layer least.
         form: "table" runs what was measured, by length; "formula" runs a * exp(b * share) / keys, which
-            serving engines read.
+            serving engines read, and keeps a share or a bound as well as it fits.
         samples: how many prompts, where no forward_loop brings its own.
         max_seqlen: tokens of the longest of these, or fewer where nobody says how many and the model takes
             fewer. The others are halves, quarters ... down to 1024.
@@ -128,8 +128,16 @@ class CalibrationConfig(BaseModel):
     def _has_text(self) -> CalibrationConfig:
         if self.text_files is not None and not self.text_files:
             raise not_taken("text_files", "at least one path, or None")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_aim(self) -> CalibrationConfig:
         if sum(getattr(self, name) is not None for name in AIMS) > 1:
             raise not_taken("target", f"one of {', '.join(AIMS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _is_offered_by_head(self) -> CalibrationConfig:
         if self.thresholds_for == "head" and self.form == "formula":
             raise not_taken("form", '"table" with thresholds_for="head"')
         if self.thresholds_for == "head" and self.target_max_dropped_mass is not None:

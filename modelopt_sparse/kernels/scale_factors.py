@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -74,7 +73,10 @@ class ScaleFactors:
         """
         if device not in self._lines:
             self._lines[device] = _line(self, device)
-        return self._lines[device]
+        line = self._lines[device]
+        if _is_captured(device):
+            _of_graphs.add(line)
+        return line
 
     def thresholds(self, n_k: Tensor) -> Tensor:
         """Lambda of sequences of `n_k` [B] keys: fp64 [B, Hq], or [B, 1] where heads share; at most 1."""
@@ -105,8 +107,18 @@ class _Line(NamedTuple):
     zero: Tensor
 
 
-# Kept beyond the factors' own life: a CUDA graph that has read the tensors reads them in every replay.
-@lru_cache(maxsize=4096)
+# A CUDA graph that was captured reads these in every replay, whatever became of the factors.
+_of_graphs: set[_Line] = set()
+
+
+def _is_captured(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
 def _line(scale: ScaleFactors, device: torch.device) -> _Line:
     lengths = [math.log2(length) for length in scale.lengths]
     rows = [[math.log2(factor) for factor in row] for row in scale._rows]

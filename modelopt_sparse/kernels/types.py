@@ -309,6 +309,12 @@ class Plan:
     skip_decode: SkipSoftmaxDecode | None = None
     tiles: TileMap | None = None
 
+    def prepare(self, device: torch.device) -> None:
+        """Makes what a first call on a device would make; see `ScaleFactors.prepare`."""
+        for part in (self.skip, self.skip_decode):
+            if part is not None and isinstance(part.scale_factor, ScaleFactors):
+                part.scale_factor.prepare(device)
+
 
 DENSE = Plan()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,44 +18,27 @@ from modelopt_sparse.calibration.prompts import prompts
 from modelopt_sparse.calibration.recorder import Recorder, Tally, by_length
 from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.errors import ArgumentTypeError, ConfigError, UnsupportedCall
-from modelopt_sparse.kernels.types import DENSE, Phase
+from modelopt_sparse.kernels.types import Phase
 from modelopt_sparse.methods.calibrated import CalibratedThreshold
 from modelopt_sparse.module import observed
 from modelopt_sparse.module_state import sparse_modules
+from tests.cpu.bundled import (
+    LAYERS,
+    MODEL,
+    dense_model,
+    generated,
+    methods,
+    output_error,
+    shares,
+    source,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "examples/tiny_lm/model"
 SMALL = {"samples": 2, "max_seqlen": 1024, "num_decode_tokens": 3}
-
-
-LAYERS = 3
-
-
-def dense_model() -> nn.Module:
-    """The first layers of the bundled model, to be quick."""
-    return AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=torch.float32, num_hidden_layers=LAYERS
-    ).eval()
 
 
 @pytest.fixture
 def model() -> nn.Module:
     return mtsa.sparsify(dense_model(), mtsa.SKIP_SOFTMAX_TRITON_DEFAULT)
-
-
-def source(length: int, start: int = 0) -> torch.Tensor:
-    """[1, length] tokens of Python source."""
-    text = Path(nn.functional.__file__).read_bytes()[start : start + length - 1]
-    return torch.tensor([[256, *text]])
-
-
-def shares(model: nn.Module, phase: str) -> float:
-    found = [entry[phase] for entry in mtsa.get_stats(model).values() if entry[phase]]
-    return sum(sum(x["skipped"]) for x in found) / sum(sum(x["visible"]) for x in found)
-
-
-def methods(model: nn.Module) -> list:
-    return [module.method.config for _, module in sparse_modules(model)]
 
 
 @pytest.fixture(scope="module")
@@ -168,18 +150,6 @@ def test_the_model_computes_densely_while_it_is_calibrated(model):
     assert mtsa.get_stats(model)["model.layers.0.self_attn"]["prefill"] is None
 
 
-def generated(model: nn.Module, prompt: torch.Tensor) -> torch.Tensor:
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=3,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return torch.stack(out.logits)
-
-
 def test_made_up_prompts_need_nothing_but_the_models_tokenizer(model):
     mtsa.calibrate(model, SMALL)
     threshold = methods(model)[0].skip_softmax_threshold
@@ -203,27 +173,6 @@ def test_layers_get_thresholds_of_their_own(model):
     assert found == pytest.approx([0.2] * LAYERS, abs=0.03)
 
 
-def output_error(model: nn.Module, prompts: list[torch.Tensor]) -> float:
-    """The mean over layers of |sparse - dense|^2 / |dense|^2, each on the inputs of the dense model."""
-    found: dict[str, torch.Tensor] = {}
-
-    def observer(name: str):
-        def observe(call, plan):
-            dense = call(DENSE)
-            error = (call(plan).out - dense.out).square().sum()
-            found[name] = found.get(name, torch.zeros(2)) + torch.stack(
-                [error, dense.out.square().sum()]
-            )
-            return dense
-
-        return observe
-
-    with observed({module: observer(name) for name, module in sparse_modules(model)}):
-        for prompt in prompts:
-            model(prompt)
-    return sum(float(error / whole) for error, whole in found.values()) / len(found)
-
-
 @torch.no_grad()
 def test_heads_skip_where_it_costs_least(model):
     """As many tiles in all as with one threshold for all, and less error, on prompts that weren't counted."""
@@ -243,109 +192,6 @@ def test_heads_skip_where_it_costs_least(model):
             assert methods(own)[0].skip_softmax_threshold.formula is None
     assert found["head"] == pytest.approx(found["model"], abs=0.03)
     assert errors["head"] < 0.8 * errors["model"], (errors, found)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["model", "layer"])
-def test_outputs_err_as_much_as_is_allowed(model, kind):
-    data, error = [source(1024), source(1024, 40_000)], 0.05
-    config = {"target_error": {"prefill": error}, "thresholds_for": kind}
-    mtsa.calibrate(model, {**config, "num_decode_tokens": 1}, data)
-    shares_found = {method.skip_softmax_threshold.target_sparsity for method in methods(model)}
-    assert len(shares_found) == (1 if kind == "model" else LAYERS)
-    assert all(0.02 < share < 0.9 for share in shares_found)
-    # The share that holds at every length may leave some of the error at this one.
-    assert 0.5 * error < output_error(model, data) ** 0.5 < 1.1 * error
-    assert methods(model)[0].skip_softmax_decode_threshold is None
-
-
-def dropped_masses(model: nn.Module, prompt: torch.Tensor) -> list:
-    found = mtsa.compare(model, [prompt])
-    return [module.prefill.dropped_mass for module in found.modules.values()]
-
-
-@pytest.mark.parametrize("kind", ["model", "layer"])
-def test_rows_lose_no_more_on_average_than_is_allowed(model, kind):
-    bound, prompt = 0.01, source(1024)
-    config = {"target_dropped_mass": {"prefill": bound}, "thresholds_for": kind}
-    mtsa.calibrate(model, {**config, "num_decode_tokens": 1}, [prompt])
-    shares_found = {method.skip_softmax_threshold.target_sparsity for method in methods(model)}
-    assert len(shares_found) == (1 if kind == "model" else LAYERS)
-    found = []
-    for length in (512, 1024):
-        means = [mass.mean.overall for mass in dropped_masses(model, prompt[:, :length])]
-        found.append(sum(means) / LAYERS if kind == "model" else max(means))
-    # It is kept to by octaves of lambda, at the length at which more is lost.
-    assert 0.3 * bound < max(found) <= bound, found
-
-
-@pytest.mark.parametrize("kind", ["model", "layer"])
-def test_no_row_loses_more_than_is_allowed(model, kind):
-    bound, prompt = 0.1, source(1024)
-    config = {"target_max_dropped_mass": {"prefill": bound}, "thresholds_for": kind}
-    mtsa.calibrate(model, {**config, "num_decode_tokens": 1}, [prompt])
-    found = [
-        mass.max.overall
-        for length in (512, 1024)
-        for mass in dropped_masses(model, prompt[:, :length])
-        if mass is not None  # a layer that skips nothing has none
-    ]
-    assert 0.3 * bound < max(found) <= bound, found
-
-
-BOUNDS = ["target_error", "target_dropped_mass", "target_max_dropped_mass"]
-
-
-@pytest.mark.parametrize("name", BOUNDS)
-def test_a_bound_that_nothing_reaches_and_one_that_everything_is_within(model, name):
-    for bound, share in ((1e-12, 0.0), (0.9999, 0.95)):
-        mtsa.calibrate(model, {name: bound, "num_decode_tokens": 1}, [source(700)])
-        for phase in ("prefill", "decode"):
-            assert methods(model)[0].threshold(phase).target_sparsity == share, phase
-
-
-def test_a_share_that_a_bound_gives_is_in_the_table_and_so_exact(model):
-    mtsa.calibrate(
-        model, {"target_dropped_mass": {"prefill": 0.0005}, "num_decode_tokens": 1}, [source(1024)]
-    )
-    threshold = methods(model)[0].skip_softmax_threshold
-    assert 0 < threshold.target_sparsity < TARGETS[0] == threshold.table.targets[1]
-    mtsa.reset_stats(model)
-    with torch.no_grad():
-        model(source(1024))
-    assert shares(model, "prefill") == pytest.approx(threshold.target_sparsity, abs=0.01)
-
-
-@pytest.mark.parametrize("name", BOUNDS)
-def test_a_bound_comes_back_with_what_was_saved(name, tmp_path):
-    config = {
-        "sparse_cfg": {"*": {"method": "triton_skip_softmax"}},
-        "calibration": {name: {"prefill": 0.1}, **SMALL},
-    }
-    loaded = mtsa.SparseAttentionConfig.load(config)
-    assert mtsa.SparseAttentionConfig.load(loaded.to_dict()) == loaded
-    assert loaded.calibration.shares == {}
-    model = mtsa.sparsify(dense_model(), config, [source(600)])
-    mtsa.save(model, tmp_path / "state")
-    model.save_pretrained(tmp_path / "checkpoint")
-    for other in (
-        mtsa.restore(dense_model(), tmp_path / "state"),
-        mtsa.from_pretrained(AutoModelForCausalLM, tmp_path / "checkpoint"),
-    ):
-        assert methods(other) == methods(model)
-
-
-def test_one_thing_is_aimed_at():
-    assert CalibrationConfig().shares == {"prefill": 0.5, "decode": 0.5}
-    for name in BOUNDS:
-        for other in {"target_sparse_ratio", *BOUNDS} - {name}:
-            with pytest.raises(ConfigError, match="takes one of target_sparse_ratio, target_error"):
-                CalibrationConfig.load({name: 0.1, other: 0.5})
-    for name in BOUNDS[1:]:
-        with pytest.raises(ConfigError, match=rf"calibration\.{name}\.prefill: got 1\.0"):
-            CalibrationConfig.load({name: 1.0})
-    with pytest.raises(ConfigError, match='"model" or "layer" with target_max_dropped_mass'):
-        CalibrationConfig.load({"target_max_dropped_mass": 0.1, "thresholds_for": "head"})
 
 
 @torch.no_grad()
@@ -501,6 +347,8 @@ def test_what_is_not_taken_says_so(model, calibrated):
         mtsa.calibrate(model, {"samples": 0})
     with pytest.raises(ConfigError, match="target_sparse_ratio"):
         mtsa.calibrate(model, {"target_sparse_ratio": 1.0})
+    with pytest.raises(ConfigError, match="target"):
+        mtsa.calibrate(model, {"target_error": {"prefill": True}})
     with pytest.raises(ArgumentTypeError, match="forward_loop: got 3"):
         mtsa.calibrate(model, SMALL, 3)
     with pytest.raises(ArgumentTypeError, match="a batch to calibrate with"):
@@ -541,6 +389,9 @@ def test_prompts_are_no_longer_than_the_model_takes(model):
     assert max(lengths) == 1030
     with pytest.raises(ConfigError, match=r"calibration\.max_seqlen: got 1029; takes at most 1028"):
         mtsa.calibrate(model, {**one, "max_seqlen": 1029})
+    model.config.max_position_embeddings = 40
+    with pytest.raises(ConfigError, match=r"max_seqlen: got 38; takes at least \d+ tokens"):
+        mtsa.calibrate(model, one)
 
 
 def test_prompts_have_the_lengths_asked_for_and_end_with_their_question():

@@ -16,7 +16,7 @@ from modelopt_sparse.calibration.prompts import prompts
 from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, ConfigError
 from modelopt_sparse.module_state import sparse_modules
-from tests.cpu.test_calibrate import MODEL, dense_model, shares, source
+from tests.cpu.bundled import MODEL, dense_model, shares, source
 from tests.cpu.tiny import SKIP, tiny_llama
 
 # Steps of one prompt are alike: enough of them, of both lengths, or their chance is most of what is off.

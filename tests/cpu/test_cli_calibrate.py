@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modelopt_sparse as mtsa
 from modelopt_sparse.calibration import prompts as prompts_file
 from modelopt_sparse.module_state import sparse_modules
-from tests.cpu.test_calibrate import LAYERS, MODEL, dense_model, source
+from tests.cpu.bundled import LAYERS, MODEL, dense_model, source
 from tests.cpu.test_cli import ROOT, failed, run
 from tests.cpu.tiny import tiny_llama
 
@@ -46,6 +47,21 @@ def thresholds(folder):
 
 
 # calibrate
+
+
+def test_sparsify_calibrates_with_prompts_that_the_model_takes(dense, tmp_path):
+    short = shutil.copytree(dense, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1030}))
+    rules = {
+        "sparse_cfg": {"*": {"method": "triton_skip_softmax"}},
+        "calibration": {"samples": 1, "num_decode_tokens": 2},
+    }
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    given = "--config", tmp_path / "rules.json", "--output", tmp_path / "out"
+    done = run("sparsify", short, *given)
+    assert done.exit_code == 0, done.output
+    assert thresholds(tmp_path / "out")[0].skip_softmax_threshold.table.lengths == (512, 1024, 1028)
 
 
 def test_what_calibrate_writes_is_what_calibrate_in_python_does(calibrated, dense):

@@ -60,11 +60,10 @@ def logits(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["formula", "heads"])
+@pytest.mark.parametrize("form", THRESHOLDS)
 def test_another_share_takes_no_other_graph(form, compiled):
     model = sparse_model({"target_sparsity": 0.5, **THRESHOLDS[form]}, min_context=20)
     run, counter = compiled(model)
-    mtsa.set_sparsity(model, 0.3)
     seen = [logits(run)]
     graphs = counter.frame_count
     for share in (0.1, 0.5, 0.9, 0.9):
@@ -73,18 +72,6 @@ def test_another_share_takes_no_other_graph(form, compiled):
         assert torch.equal(seen[-1], logits(model)), share
     assert counter.frame_count == graphs
     assert not torch.equal(seen[1], seen[3]) and torch.equal(seen[3], seen[4])
-
-
-@torch.no_grad()
-def test_a_share_as_it_was_loaded_takes_another_graph_once(compiled):
-    model = sparse_model({"target_sparsity": 0.5, **THRESHOLDS["table"]})
-    run, counter = compiled(model)
-    logits(run), logits(run)
-    graphs = counter.frame_count
-    for share in (0.1, 0.9):
-        mtsa.set_sparsity(model, share)
-        assert torch.equal(logits(run), logits(model)), share
-    assert counter.frame_count == graphs
 
 
 @torch.no_grad()

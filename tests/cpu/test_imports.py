@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
     },
     "thresholds": {
-        "calibration", "config", "kernels.scale_factors", "methods", "module", "patterns", "sparse_parts",
+        "calibration", "config", "methods", "module", "patterns", "sparse_parts",
     },
     "faithfulness": {"calls", "kernels.types", "modes", "module", "module_state", "stats"},
     "report_html": {

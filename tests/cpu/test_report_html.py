@@ -17,7 +17,7 @@ from modelopt_sparse.report_html import html_report
 from modelopt_sparse.report_html.curves import lambda_at
 from modelopt_sparse.report_html.elements import el, table
 from modelopt_sparse.report_html.heat_map import heat_map
-from tests.cpu.test_calibrate import LAYERS, MODEL, dense_model, methods, source
+from tests.cpu.bundled import LAYERS, MODEL, dense_model, methods, source
 from tests.cpu.test_cli import failed, run
 from tests.cpu.tiny import FLASH, NM, prompt, tiny_llama
 
