@@ -81,7 +81,7 @@ def command(
             "model": model,
             "output": str(output),
             "comparison": found.to_dict(),
-            "check": None if check is None else check.to_dict()["rows"],
+            "check": None if check is None else check.to_dict(),
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .loading import context_of, find_tokenizer
+from .loading import find_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,7 @@ def text_windows(
 
 def check_length(model: PreTrainedModel, length: int) -> None:
     """Raises ArgumentError where the model takes fewer tokens."""
+    from modelopt_sparse.calibration.prompts import context_of
     from modelopt_sparse.errors import ArgumentError, describe
 
     context = context_of(model)

@@ -27,6 +27,14 @@ _NEXT, _APART = 0.618, 2**0.5 - 1
 _REMEDY = "Give prompts of your own as forward_loop."
 
 
+def context_of(model: nn.Module) -> int | None:
+    """How many tokens the model takes; None where no configuration says."""
+    config: Any = getattr(model, "config", None)
+    text = None if config is None else config.get_text_config()
+    found: int | None = getattr(text, "max_position_embeddings", None)
+    return found
+
+
 def fitting(model: nn.Module, config: CalibrationConfig) -> CalibrationConfig:
     """The same, with prompts that the model has room for where nobody says how long they are to be.
 
@@ -34,9 +42,7 @@ def fitting(model: nn.Module, config: CalibrationConfig) -> CalibrationConfig:
         ConfigError: `max_seqlen` is given, and with the tokens that the model writes it is more than the
             model's configuration says that it takes.
     """
-    whole: Any = getattr(model, "config", None)
-    text = None if whole is None else whole.get_text_config()
-    context: int | None = getattr(text, "max_position_embeddings", None)
+    context = context_of(model)
     if context is None or config.max_seqlen + config.num_decode_tokens <= context:
         return config
     most = context - config.num_decode_tokens

@@ -72,7 +72,7 @@ def test_what_calibrate_writes_is_what_calibrate_in_python_does(calibrated, dens
     mtsa.calibrate(model, aim)
     wanted = [module.method.config for _, module in sparse_modules(model)]
     assert thresholds(out) == wanted
-    assert document["check"] == mtsa.check_calibration(model, None, aim).to_dict()["rows"]
+    assert document["check"] == mtsa.check_calibration(model, None, aim).to_dict()
     assert document["has_tokenizer"] and (out / "tokenizer.json").is_file()
 
 
@@ -82,7 +82,8 @@ def test_it_says_what_was_fitted_and_what_is_achieved_on_other_prompts(calibrate
     assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
     assert len(prefill["modules"]) == LAYERS and prefill["lengths"] == [512, 1024]
     assert prefill["formula"]["a"] > 0 and 0 <= prefill["formula"]["worst_error"] < 100
-    for row in document["check"]:
+    assert document["check"]["bounded"] is None
+    for row in document["check"]["rows"]:
         assert row["length"] == 1024 and row["target"] == pytest.approx(0.25)
         assert row["achieved"] == pytest.approx(0.25, abs=0.05)
 
@@ -100,7 +101,8 @@ def test_a_sparse_checkpoint_is_calibrated_anew_by_options(calibrated, tmp_path)
     done = run("calibrate", calibrated[0], "--output", tmp_path / "new", *options, *QUICK)
     assert done.exit_code == 0, done.output
     assert "the formula" in done.stdout and "model.layers.2.self_attn" in done.stdout
-    assert "achieved" not in done.stdout and "Saved. Load with" in done.stdout
+    assert "hecked" not in done.stdout and "achieved" not in done.stdout
+    assert "Saved. Load with" in done.stdout
     found = thresholds(tmp_path / "new")
     decode = [config.skip_softmax_decode_threshold for config in found]
     assert len(set(decode)) == LAYERS and {(x.table, x.target_sparsity) for x in decode} == {
@@ -126,7 +128,9 @@ def test_a_files_calibration_counts_where_no_option_is_given(dense, tmp_path, mo
     aim = document["calibration"]
     assert aim["target_sparse_ratio"] == {"prefill": 0.2} and aim["samples"] == 2
     assert aim["text_files"] == [str(tmp_path / "text.txt")]
-    assert [(row["phase"], row["length"]) for row in document["check"]] == [("prefill", 1024)]
+    assert [(row["phase"], row["length"]) for row in document["check"]["rows"]] == [
+        ("prefill", 1024)
+    ]
     assert list(document["modules"]) == ["model.layers.0.self_attn"]
 
 
@@ -153,7 +157,8 @@ def test_a_bound_in_place_of_a_share_takes_the_place_of_that_in_the_file(dense, 
     aim = document["calibration"]
     assert aim["target_sparse_ratio"] is None
     assert aim["target_dropped_mass"] == {"prefill": 0.01, "decode": 0.01}
-    for row in document["check"]:
+    assert document["check"]["bounded"] == "mean dropped mass"
+    for row in document["check"]["rows"]:
         assert row["bound"] == 0.01 and 0 < row["cost"] < 0.03
     assert "mean dropped mass: at most" in done.stderr
     # What keeps to the bound is dense: there is nothing to check.
@@ -161,6 +166,7 @@ def test_a_bound_in_place_of_a_share_takes_the_place_of_that_in_the_file(dense, 
     done = run("calibrate", dense, "--output", tmp_path / "none", *options, *none, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["check"] is None
+    assert "Not checked: all targets are 0" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["sparsify", "eval", "quickstart"])

@@ -186,7 +186,7 @@ def test_the_command_writes_the_page(checkpoint, tmp_path):
     page = checked(out.read_text())
     assert page.count("rect") == 3 * LAYERS * HEADS and "skip50-16k" in page.said("th")
     document = json.loads(done.stdout)
-    assert [(row["phase"], row["length"]) for row in document["check"]] == [
+    assert [(row["phase"], row["length"]) for row in document["check"]["rows"]] == [
         (phase, length) for phase in ("prefill", "decode") for length in (600, 1200)
     ]
     assert document["comparison"]["tokens"] == 1199
