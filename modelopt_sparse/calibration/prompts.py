@@ -89,8 +89,19 @@ def prompts(
         if wanted < 1:
             takes = f"at least {length - wanted + 1} tokens for a prompt of this kind"
             raise ConfigError(describe("calibration.max_seqlen", length, takes, _REMEDY))
-        ids = [*opening, *islice(middle, wanted), *question]
-        yield torch.tensor([ids])
+        ids = torch.tensor([[*opening, *islice(middle, wanted), *question]])
+        _check_known(model, ids)
+        yield ids
+
+
+def _check_known(model: nn.Module, ids: Tensor) -> None:
+    embed: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    known: int | None = getattr(embed, "num_embeddings", None)
+    if known is not None and int(ids.max()) >= known:
+        takes = f"one for this model, which knows {known} tokens"
+        raise ConfigError(
+            describe("calibration.tokenizer", f"token {int(ids.max())}", takes, _REMEDY)
+        )
 
 
 def _halves(longest: int) -> list[int]:

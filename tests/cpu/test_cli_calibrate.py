@@ -255,6 +255,18 @@ def test_eval_of_a_dense_checkpoint_on_made_up_prompts(dense):
     assert "model.layers.2.self_attn" in done.stdout
 
 
+def test_eval_of_tokens_that_are_decoded(dense, tmp_path):
+    rule = {"method": "triton_skip_softmax", "skip_softmax_decode_threshold": 0.1}
+    (tmp_path / "rules.json").write_text(json.dumps({"sparse_cfg": {"*": rule}}))
+    options = "--config", tmp_path / "rules.json", "--length", 300, "--samples", 1
+    done = run("eval", dense, *options, "--decode-tokens", 4, "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["tokens"] == 3
+    assert all(found["decode"]["rows"] == 4 for found in document["modules"].values())
+    assert failed(run("eval", dense, *options, "--decode-tokens", 1), 2, "num_decode_tokens: got 1")
+
+
 def test_what_eval_does_not_take(dense, tmp_path):
     (tmp_path / "short.txt").write_text("short")
     preset = "--preset", "skip_softmax"
