@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 
     from modelopt_sparse import SparseAttentionConfig
 
+# What code of transformers runs into where a configuration holds other things than it has seen.
+_BLAMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 def import_libraries() -> None:
     """Imports torch and transformers, which takes seconds, and says so."""
@@ -27,10 +38,14 @@ def load_model(name: str) -> PreTrainedModel:
 
     Raises:
         ArgumentError: there is no such model, or transformers can't load it.
+        StateError: its config.json is malformed, or says what implementation runs.
     """
     from transformers import AutoModelForCausalLM
 
+    from modelopt_sparse.integrations.hf_loading import check_configuration
+
     with blaming(name):
+        check_configuration(name, {})
         # As it comes, in eval mode.
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     return model
@@ -108,11 +123,14 @@ def load_model_config(name: str) -> PretrainedConfig:
     """Its configuration alone.
 
     Raises:
-        ArgumentError: as `load_model`.
+        ArgumentError, StateError: as `load_model`.
     """
     from transformers import AutoConfig
 
+    from modelopt_sparse.integrations.hf_loading import check_configuration
+
     with blaming(name):
+        check_configuration(name, {})
         config: PretrainedConfig = AutoConfig.from_pretrained(name)
     return config
 
@@ -136,6 +154,9 @@ def blaming(name: str) -> Iterator[None]:
         yield
     except SparseAttentionError:
         raise  # it says itself what is wrong
-    except (OSError, ValueError, KeyError) as error:
+    except _BLAMED as error:
         takes = "a folder or hub name of a causal language model that transformers can load"
-        raise ArgumentError(describe("MODEL", repr(name), takes, str(error))) from error
+        problem = " ".join(str(error).split())[:1000] or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            problem = f"Not there: {problem}"
+        raise ArgumentError(describe("MODEL", repr(name), takes, problem)) from error

@@ -227,6 +227,79 @@ def test_a_model_that_is_not_there(tmp_path):
         assert failed(done, 2, "Error: MODEL: got", "nowhere")
 
 
+# Every command that takes a model, with all that it needs to load it.
+LOADING = {
+    "quickstart": (),
+    "sparsify": ("--preset", "skip_softmax", "--output"),
+    "calibrate": ("--preset", "skip_softmax", "--output"),
+    "eval": ("--preset", "skip_softmax"),
+    "report": ("--preset", "skip_softmax", "--output"),
+    "explain": ("--preset", "skip_softmax"),
+    "export": (),
+}
+
+
+def loading_of(name, folder, tmp_path, options=None):
+    """Runs a command of `LOADING` with a model."""
+    options = LOADING[name] if options is None else options
+    return run(name, folder, *options, *[tmp_path / "out"] * ("--output" in options))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["_attn_implementation"],
+        ["attn_implementation"],
+        ["attn_implementation", "_attn_implementation"],
+    ],
+    ids="+".join,
+)
+@pytest.mark.parametrize("name", LOADING)
+def test_a_checkpoint_does_not_choose_the_implementation(name, keys, checkpoint, tmp_path):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | dict.fromkeys(keys, "someone/kernel")))
+    done = loading_of(name, checkpoint, tmp_path)
+    assert failed(done, 2, "attn_implementation; takes a file that leaves implementations")
+    assert sorted(tmp_path.iterdir()) == [checkpoint]
+
+
+@pytest.mark.parametrize("name", ["calibrate", "eval", "report", "export"])
+def test_a_sparse_checkpoint_does_not_either(name, tmp_path):
+    mtsa.sparsify(tiny_llama(), SKIP).save_pretrained(tmp_path / "sparse")
+    path = tmp_path / "sparse/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"_attn_implementation": "someone/kernel"}))
+    options = [option for option in LOADING[name] if option == "--output"]
+    done = loading_of(name, tmp_path / "sparse", tmp_path, options)
+    assert failed(done, 2, "attn_implementation; takes a file that leaves implementations")
+
+
+@pytest.mark.parametrize("depth", [100_000, 900], ids=["by the file", "by transformers"])
+@pytest.mark.parametrize("name", LOADING)
+def test_a_configuration_that_is_nested_too_deeply(name, depth, checkpoint, tmp_path):
+    path = checkpoint / "config.json"
+    opened = path.read_text().rstrip().removesuffix("}")
+    path.write_text(f'{opened}, "x": {"[" * depth}{"]" * depth}}}')
+    done = loading_of(name, checkpoint, tmp_path)
+    assert failed(done, 2, "Error: ", str(checkpoint)) and done.stderr.count("\n") == 1
+
+
+def test_a_configuration_with_other_things_than_numbers(checkpoint):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 0}))
+    done = run("explain", checkpoint, "--preset", "skip_softmax")
+    assert failed(done, 2, "Error: MODEL: got") and done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_is_no_checkpoint_and_a_configuration_without_weights(checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = run("explain", tmp_path / "empty", "--preset", "skip_softmax")
+    assert failed(done, 2, "Error: MODEL: got", "Not there", "config.json")
+    done = run("explain", checkpoint / "config.json", "--preset", "skip_softmax", "--json")
+    assert json.loads(done.stdout)["modules"]
+
+
 def test_one_of_preset_and_config(checkpoint, tmp_path):
     (tmp_path / "rules.json").write_text("{}")
     both = "--preset", "skip_softmax", "--config", tmp_path / "rules.json"
