@@ -394,6 +394,22 @@ def test_prompts_are_no_longer_than_the_model_takes(model):
         mtsa.calibrate(model, one)
 
 
+def test_prompts_of_a_file_are_its_text_without_a_byte_order_mark(tmp_path):
+    path = tmp_path / "text.txt"
+    config = CalibrationConfig(samples=1, tokenizer=str(MODEL), text_files=(str(path),))
+
+    def made(content):
+        path.write_bytes(content)
+        return next(prompts(nn.Linear(1, 1), config))
+
+    text = "naïve café " * 1000
+    assert torch.equal(made(text.encode("utf-8-sig")), made(text.encode()))
+    with pytest.raises(
+        ConfigError, match=r"text_files: got '.*text\.txt', whose bytes aren't UTF-8"
+    ):
+        made(text.encode("latin-1"))
+
+
 def test_prompts_have_the_lengths_asked_for_and_end_with_their_question():
     config = CalibrationConfig(samples=4, max_seqlen=4096, tokenizer=str(MODEL))
     found = list(prompts(nn.Linear(1, 1), config))

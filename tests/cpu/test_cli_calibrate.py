@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modelopt_sparse as mtsa
 from modelopt_sparse.calibration import prompts as prompts_file
 from modelopt_sparse.module_state import sparse_modules
+from modelopt_sparse_cli import texts
 from tests.cpu.bundled import LAYERS, MODEL, dense_model, source
 from tests.cpu.test_cli import ROOT, failed, run
 from tests.cpu.tiny import tiny_llama
@@ -226,14 +228,16 @@ def test_what_calibrate_does_not_take(dense, tmp_path):
 
 
 def test_eval_is_compare_on_windows_of_the_texts(calibrated, tmp_path):
-    (tmp_path / "a.txt").write_text("a b c " * 300)
-    options = "--text", TEXT, "--text", tmp_path / "a.txt", "--length", 600, "--samples", 2
+    files = tmp_path / "a.txt", tmp_path / "b.txt"
+    files[0].write_text("a b c " * 300)
+    files[1].write_text(TEXT.read_text()[:9000])
+    options = "--text", files[0], "--text", files[1], "--length", 600, "--samples", 2
     done = run("eval", calibrated[0], *options, "--json")
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     batches = []
-    for path in (TEXT, tmp_path / "a.txt"):
+    for path in files:
         ids = tokenizer(path.read_text(), return_tensors="pt", verbose=False)["input_ids"]
         batches += [ids[:, :601], ids[:, -601:]]
     wanted = mtsa.compare(mtsa.from_pretrained(AutoModelForCausalLM, calibrated[0]), batches)
@@ -260,6 +264,82 @@ def test_what_eval_does_not_take(dense, tmp_path):
     assert failed(done, 2, "no.txt")
     tiny_llama().save_pretrained(tmp_path / "tiny")
     assert failed(run("eval", tmp_path / "tiny", *preset, "--length", 200), 2, "tokenizer")
+
+
+# texts
+
+
+@pytest.mark.parametrize("content", ["caf\xe9".encode("latin-1"), bytes(range(256))])
+@pytest.mark.parametrize("name", ["quickstart", "eval", "calibrate", "report"])
+def test_a_text_that_is_not_utf_8(name, content, dense, tmp_path):
+    (tmp_path / "text.txt").write_bytes(content * 1000)
+    options = "--preset", "skip_softmax", "--text", tmp_path / "text.txt"
+    output = ["--output", tmp_path / "out"] * (name in ("calibrate", "report"))
+    done = run(name, dense, *options, *output)
+    assert failed(done, 2, "text", "text.txt', whose bytes aren't UTF-8; takes text in UTF-8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_is_no_text(dense, tmp_path):
+    documents = []
+    for mark in ("", "\ufeff"):
+        (tmp_path / "text.txt").write_text(mark + TEXT.read_text(), encoding="utf-8")
+        options = "--preset", "skip_softmax", "--length", 200, "--samples", 1
+        done = run("eval", dense, "--text", tmp_path / "text.txt", *options, "--json")
+        documents.append(json.loads(done.stdout))
+    assert documents[0] == documents[1]
+
+
+class Words:
+    """A tokenizer of words that are numbers. It counts what it is given."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __call__(self, text, add_special_tokens, verbose):
+        self.given += len(text)
+        return {"input_ids": [0] * add_special_tokens + [int(word) for word in text.split()]}
+
+
+def windows(monkeypatch, words, length, count):
+    """The words of each window, and how many characters became tokens."""
+    tokenizer = Words()
+    monkeypatch.setattr(texts, "find_tokenizer", lambda name: tokenizer)
+    found = texts.text_windows("any", tiny_llama(), words, length, count)
+    assert all(ids.shape == (1, length + 1) for ids in found)
+    return [ids[0].tolist() for ids in found], tokenizer.given
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_of_a_long_text_only_what_is_needed_becomes_tokens(count, monkeypatch):
+    words = " ".join(map(str, range(100_000, 200_000)))
+    found, given = windows(monkeypatch, words, 99, count)
+    assert given == 16 * 100 * count < len(words) / 10
+    assert found == windows(monkeypatch, words, 99, count)[0]
+    # The first is the text's beginning, with the token that a text begins with; the last is near its end.
+    assert found[0] == [0, *range(100_000, 100_099)]
+    assert count == 1 or found[-1][-1] > 199_000
+    # In between there is at most a word that is cut; and no window has a word of another.
+    inside = [window[1:] for window in found]
+    assert all(window == list(range(window[0], window[0] + 99)) for window in inside)
+    assert all(early[-1] < late[0] for early, late in pairwise(inside))
+
+
+def test_a_long_text_with_few_tokens_has_windows_that_do_not_overlap(monkeypatch):
+    words = (" " * 100).join(map(str, range(400)))
+    found, given = windows(monkeypatch, words, 99, 4)
+    assert found[0] == [0, *range(99)] and found[-1] == list(range(300, 400))
+    assert all(early[-1] < late[0] for early, late in pairwise(found))
+    assert given > len(words)
+
+
+def test_windows_overlap_where_the_text_has_no_more(monkeypatch):
+    found, _ = windows(monkeypatch, " ".join(map(str, range(119))), 99, 3)
+    assert found == [[0, *range(99)], list(range(9, 109)), list(range(19, 119))]
+    with pytest.raises(
+        mtsa.SparseAttentionError, match="got a text of 99 tokens; takes at least 100"
+    ):
+        windows(monkeypatch, " ".join(map(str, range(98))), 99, 3)
 
 
 # export
