@@ -54,7 +54,11 @@ app.command("bench", **bench.SETTINGS)(bench.command)
 
 def main() -> None:
     """The command line's entry."""
-    app(prog_name="modelopt-sparse")
+    try:
+        app(prog_name="modelopt-sparse")
+    except KeyboardInterrupt:  # before a command runs
+        typer.echo("Interrupted.", err=True)
+        sys.exit(INTERRUPTED)
 
 
 def _is_for_users(error: Exception) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .interrupts import interrupted_afterwards
 from .reporting import progress, waiting
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ _BLAMED = (
 
 
 def import_libraries() -> None:
-    """Imports torch and transformers, which takes seconds, and says so."""
-    with waiting("importing torch and transformers"):
+    """Imports torch and transformers, which takes seconds, and says so. Interrupted, it does that first."""
+    with waiting("importing torch and transformers"), interrupted_afterwards():
         import modelopt_sparse  # noqa: F401 (with all that it needs)
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import modelopt_sparse as mtsa
 import modelopt_sparse_cli
 from modelopt_sparse_cli import app, bench, doctor, loading, options, quickstart
+from modelopt_sparse_cli.interrupts import interrupted_afterwards
 from tests.cpu.tiny import SKIP, logits, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,6 +217,87 @@ def test_a_process_that_is_killed_leaves_no_output(number, checkpoint, tmp_path)
     assert not out.exists() and "Traceback" not in done.stderr
     if number == signal.SIGINT:
         assert os.listdir(tmp_path) == ["dense"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupting:
+    # Ctrl-C while what `sys.argv` names last is imported.
+
+    name = sys.argv.pop()
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("sent", file=sys.stderr)
+
+sys.meta_path.insert(0, Interrupting())
+from modelopt_sparse_cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("library", ["numpy.linalg", "torch._C"])
+def test_an_interrupt_while_libraries_are_imported(library, checkpoint):
+    done = started(INTERRUPTED, "explain", checkpoint, "--preset", "skip_softmax", library)
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr.splitlines()[-2:] == ["sent", "Interrupted."]
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_is_interrupted_alike():
+    done = started(INTERRUPTED, "doctor", "numpy.linalg")
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+BEGINNING = """
+import typer.main, modelopt_sparse_cli
+
+def interrupted(app):
+    raise KeyboardInterrupt
+
+typer.main.get_command = interrupted
+modelopt_sparse_cli.main()
+"""
+
+
+def test_an_interrupt_before_there_is_a_command():
+    done = started(BEGINNING, "--help")
+    assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
+
+
+def test_interrupts_are_as_before_after_they_were_held_back():
+    before = signal.getsignal(signal.SIGINT)
+    ran = []
+    with pytest.raises(KeyboardInterrupt), interrupted_afterwards():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        ran.append(True)
+    assert ran and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(OSError, match="of the block"), interrupted_afterwards():
+        signal.raise_signal(signal.SIGINT)
+        raise OSError("of the block")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interrupts_that_are_ignored_stay_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupted_afterwards():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_another_thread_libraries_are_imported_as_they_are():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run("bench", "--list").exit_code))
+    thread.start()
+    thread.join()
+    assert found == [0]
 
 
 # errors
