@@ -44,7 +44,8 @@ SKIP_SOFTMAX_TRITON_CALIB = SparseAttentionConfig(
 )
 """Skip-softmax calibrated to leave out half of the tiles, in prefill and in decode.
 
-As many cost the bundled model less than 0.001 bits per byte: docs/quality.md.
+In prefill of the bundled model, on text of 2k to 8k tokens, it left out 42.5 to 44.4 %, which cost 0.0002 to
+0.0006 bits per byte: docs/quality.md.
 """
 
 SKIP_SPARSE_SOFTMAX_DEFAULT = SparseAttentionConfig(

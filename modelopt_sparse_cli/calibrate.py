@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,13 +22,13 @@ from .options import (
     check_not_both,
     config_if_given,
 )
-from .reporting import progress, reporting
+from .reporting import Report, progress, reporting
 from .saving import save_checkpoint, say_saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from modelopt_sparse import CalibrationConfig
+    from modelopt_sparse import CalibrationConfig, SparseAttentionConfig
 
 
 class ThresholdsFor(StrEnum):
@@ -53,52 +54,65 @@ def _bound(name: str, help: str) -> Any:
     return typer.Option(name, help=f"In place of a share: {help}, in both phases.", metavar="BOUND")
 
 
+TargetOption = Annotated[
+    float | None,
+    _share("--target-sparsity", "Tiles to skip, of those visible, in both phases; else 0.5."),
+]
+PrefillOption = Annotated[
+    float | None, _share("--prefill-sparsity", "The same in prefill; 0 is dense.")
+]
+DecodeOption = Annotated[
+    float | None, _share("--decode-sparsity", "The same in decode; 0 is dense.")
+]
+ErrorOption = Annotated[
+    float | None,
+    _bound("--target-error", "the most that attention outputs may be off, relative to them"),
+]
+MassOption = Annotated[
+    float | None,
+    _bound("--target-dropped-mass", "the most softmax weight in skipped tiles, mean over rows"),
+]
+MaxMassOption = Annotated[
+    float | None, _bound("--target-max-dropped-mass", "the same of the row that loses most")
+]
+ThresholdsForOption = Annotated[
+    ThresholdsFor | None,
+    typer.Option(help="What has a threshold of its own; else model: one for all modules."),
+]
+FormOption = Annotated[
+    Form | None,
+    typer.Option(help="What runs: the measured table; or the formula, which engines read."),
+]
+PromptsOption = Annotated[int | None, typer.Option(help="Prompts; else 12.", min=1)]
+MaxSeqlenOption = Annotated[
+    int | None,
+    typer.Option(help="Tokens of the longest prompt; else 8192, or what the model takes."),
+]
+ChunkSizeOption = Annotated[
+    int | None, typer.Option(help="Prompts run in chunks of so many tokens; else whole.")
+]
+DecodeTokensOption = Annotated[
+    int | None, typer.Option(help="Tokens written after each prompt; else 8.", min=1)
+]
+
+
 def command(
     model: ModelArgument,
     output: OutputFolder,
     preset: PresetOption = None,
     config: ConfigOption = None,
-    target: Annotated[
-        float | None,
-        _share("--target-sparsity", "Tiles to skip, of those visible, in both phases; else 0.5."),
-    ] = None,
-    prefill: Annotated[
-        float | None, _share("--prefill-sparsity", "The same in prefill; 0 is dense.")
-    ] = None,
-    decode: Annotated[
-        float | None, _share("--decode-sparsity", "The same in decode; 0 is dense.")
-    ] = None,
-    target_error: Annotated[
-        float | None,
-        _bound("--target-error", "the most that attention outputs may be off, relative to them"),
-    ] = None,
-    target_dropped_mass: Annotated[
-        float | None,
-        _bound("--target-dropped-mass", "the most softmax weight in skipped tiles, mean over rows"),
-    ] = None,
-    target_max_dropped_mass: Annotated[
-        float | None,
-        _bound("--target-max-dropped-mass", "the same of the row that loses most"),
-    ] = None,
-    thresholds_for: Annotated[
-        ThresholdsFor | None,
-        typer.Option(help="What has a threshold of its own; else model: one for all modules."),
-    ] = None,
-    form: Annotated[
-        Form | None,
-        typer.Option(help="What runs: the measured table; or the formula, which engines read."),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Prompts; else 12.", min=1)] = None,
-    max_seqlen: Annotated[
-        int | None,
-        typer.Option(help="Tokens of the longest prompt; else 8192, or what the model takes."),
-    ] = None,
-    chunk_size: Annotated[
-        int | None, typer.Option(help="Prompts run in chunks of so many tokens; else whole.")
-    ] = None,
-    num_decode_tokens: Annotated[
-        int | None, typer.Option(help="Tokens written after each prompt; else 8.", min=1)
-    ] = None,
+    target: TargetOption = None,
+    prefill: PrefillOption = None,
+    decode: DecodeOption = None,
+    target_error: ErrorOption = None,
+    target_dropped_mass: MassOption = None,
+    target_max_dropped_mass: MaxMassOption = None,
+    thresholds_for: ThresholdsForOption = None,
+    form: FormOption = None,
+    samples: PromptsOption = None,
+    max_seqlen: MaxSeqlenOption = None,
+    chunk_size: ChunkSizeOption = None,
+    num_decode_tokens: DecodeTokensOption = None,
     text: TextOption = None,
     check: Annotated[
         bool, typer.Option(help="Measure on other prompts what is skipped now.")
@@ -128,40 +142,53 @@ def command(
     }
     with reporting(as_json) as report:
         import_libraries()
-        import modelopt_sparse as mtsa
-        from modelopt_sparse.calibration.check import HELD_OUT
-        from modelopt_sparse.calibration.prompts import prompts
-        from modelopt_sparse.module_state import module_states
+        _calibrate(report, model, output, config_if_given(preset, config), given, check)
 
-        chosen = config_if_given(preset, config)
-        in_file = None if chosen is None else chosen.calibration
-        if chosen is not None:
-            chosen = chosen.model_copy(update={"calibration": None})  # that comes below
-        sparse = load_sparse_model(model, chosen)
-        aim = _calibration(sparse, in_file, given)
-        count: Any = {"total": aim.samples}
-        with progress() as bar:
-            data = bar.track(prompts(sparse, aim), description="calibrating", **count)
-            mtsa.calibrate(sparse, aim, data)
-            found = None
-            fitted = fitted_thresholds(sparse)
-            if check and any(row["target"] for row in fitted):
-                data = bar.track(prompts(sparse, aim, HELD_OUT), description="checking   ", **count)
-                found = mtsa.check_calibration(sparse, data, aim)
-        report.console.print(table_of(fitted))
-        if found is not None:
-            found.print(report.console)
-        has_tokenizer = save_checkpoint(sparse, model, output)
-        say_saved(report.console, model, output, has_tokenizer)
-        report.document = {
-            "model": model,
-            "output": str(output),
-            "calibration": aim.model_dump(mode="json"),
-            "thresholds": fitted,
-            "check": None if found is None else found.to_dict()["rows"],
-            "modules": module_states(sparse),
-            "has_tokenizer": has_tokenizer,
-        }
+
+def _calibrate(
+    report: Report,
+    name: str,
+    output: Path,
+    chosen: SparseAttentionConfig | None,
+    given: dict[str, Any],
+    check: bool,
+) -> None:
+    """Loads the model, calibrates it, checks it if that is wanted, saves it, and says what was found."""
+    import modelopt_sparse as mtsa
+    from modelopt_sparse.calibration.check import HELD_OUT
+    from modelopt_sparse.calibration.prompts import prompts
+    from modelopt_sparse.module_state import module_states
+
+    in_file = None if chosen is None else chosen.calibration
+    if chosen is not None:
+        chosen = chosen.model_copy(update={"calibration": None})  # that comes below
+    model = load_sparse_model(name, chosen)
+    aim = _aim(model, in_file, given)
+    count: Any = {"total": aim.samples}
+    found = None
+    with progress() as bar:
+        data = bar.track(prompts(model, aim), description="calibrating", **count)
+        mtsa.calibrate(model, aim, data)
+        fitted = fitted_thresholds(model)
+        if check and any(row["target"] for row in fitted):
+            data = bar.track(prompts(model, aim, HELD_OUT), description="checking   ", **count)
+            found = mtsa.check_calibration(model, data, aim)
+    report.console.print(table_of(fitted))
+    if found is not None:
+        found.print(report.console)
+    elif check:
+        report.console.print("Not checked: all targets are 0, so there is nothing to measure.")
+    has_tokenizer = save_checkpoint(model, name, output)
+    say_saved(report.console, name, output, has_tokenizer)
+    report.document = {
+        "model": name,
+        "output": str(output),
+        "calibration": aim.model_dump(mode="json"),
+        "thresholds": fitted,
+        "check": None if found is None else found.to_dict(),
+        "modules": module_states(model),
+        "has_tokenizer": has_tokenizer,
+    }
 
 
 def _targets(
@@ -175,7 +202,7 @@ def _targets(
     return both if both is not None else by_phase or None
 
 
-def _calibration(
+def _aim(
     model: PreTrainedModel, in_file: CalibrationConfig | None, given: dict[str, Any]
 ) -> CalibrationConfig:
     """What is asked for: by options, then by the file, then by default.

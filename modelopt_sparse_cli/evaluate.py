@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from modelopt_sparse import Comparison
-
 LengthOption = Annotated[
     int, typer.Option("--length", help="Tokens of each window or prompt.", min=128)
 ]
@@ -42,6 +40,13 @@ def command(
     text: TextOption = None,
     length: LengthOption = 2048,
     samples: SamplesOption = 4,
+    decode_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Decode so many tokens at the end of each, and score these alone: 2 or more.",
+            min=0,
+        ),
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Run a model dense and sparse: bits per token, KL and agreement with intervals; error by module.
@@ -51,25 +56,15 @@ def command(
     check_not_both(preset, config)
     with reporting(as_json) as report:
         import_libraries()
+        import modelopt_sparse as mtsa
+
         sparse = load_sparse_model(model, config_if_given(preset, config))
-        found = compared(model, sparse, text or (), length, samples)
+        batches = token_batches(model, sparse, text or (), length, samples)
+        with progress() as bar:
+            tracked = bar.track(batches, description="dense and sparse")
+            found = mtsa.compare(sparse, tracked, num_decode_tokens=decode_tokens)
         found.print(report.console)
         report.document = {"model": model, "length": length, **found.to_dict()}
-
-
-def compared(
-    name: str, model: PreTrainedModel, texts: Sequence[Path], length: int, samples: int
-) -> Comparison:
-    """`modelopt_sparse.compare` on windows of the texts, or on made-up prompts, with a bar.
-
-    Raises:
-        ArgumentError, ConfigError: as `token_batches`, or nothing in the model is sparse.
-    """
-    import modelopt_sparse as mtsa
-
-    batches = token_batches(name, model, texts, length, samples)
-    with progress() as bar:
-        return mtsa.compare(model, bar.track(batches, description="dense and sparse"))
 
 
 def token_batches(

@@ -114,12 +114,6 @@ def on_gpu(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def context_of(model: PreTrainedModel) -> int | None:
-    """How many tokens the model takes; None where its configuration doesn't say."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
-
-
 def load_model_config(name: str) -> PretrainedConfig:
     """Its configuration alone.
 

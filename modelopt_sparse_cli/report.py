@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from modelopt_sparse import CalibrationCheck
 
+DECODED = 16
+"""Tokens at the end of each window that are decoded, where that skips anything."""
+
 
 def command(
     model: ModelArgument,
@@ -60,7 +63,6 @@ def command(
     with reporting(as_json) as report:
         import_libraries()
         import modelopt_sparse as mtsa
-        from modelopt_sparse.calibration.loop import run_prompts
         from modelopt_sparse.report_html import html_report
 
         times = None if bench is None else _times(bench)
@@ -68,21 +70,29 @@ def command(
         batches = token_batches(model, sparse, text or (), length, samples)
         with progress() as bar:
             found = mtsa.compare(sparse, bar.track(batches, description="dense and sparse"))
-            mtsa.reset_stats(sparse)
-            run_prompts(
-                sparse, bar.track(batches, description="with decode"), mtsa.CalibrationConfig()
-            )
-            stats = mtsa.get_stats(sparse)
+            decoded = None
+            if skips_in_decode(sparse):
+                tracked = bar.track(batches, description="tokens decoded")
+                decoded = mtsa.compare(sparse, tracked, num_decode_tokens=DECODED)
             check = _check(sparse, batches, bar)
-        page = html_report(sparse, model, found, stats, check=check, bench=times)
+        page = html_report(sparse, model, found, decoded=decoded, check=check, bench=times)
         write_whole(output, page)
         report.console.print(f"Written: {output}", soft_wrap=True)
         report.document = {
             "model": model,
             "output": str(output),
             "comparison": found.to_dict(),
-            "check": None if check is None else check.to_dict()["rows"],
+            "decoded": None if decoded is None else decoded.to_dict(),
+            "check": None if check is None else check.to_dict(),
         }
+
+
+def skips_in_decode(model: PreTrainedModel) -> bool:
+    """Whether any enabled module skips tiles in decode."""
+    from modelopt_sparse.module_state import sparse_modules
+
+    plans = (module.method.plan() for _, module in sparse_modules(model) if module.enabled)
+    return any(plan.skip_decode is not None for plan in plans)
 
 
 def _check(model: PreTrainedModel, batches: list[Tensor], bar: Any) -> CalibrationCheck | None:

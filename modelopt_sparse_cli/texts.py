@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .loading import context_of, find_tokenizer
+from .loading import find_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,7 @@ def _evenly(whole: S, size: int, count: int) -> list[S]:
 
 def check_length(model: PreTrainedModel, length: int) -> None:
     """Raises ArgumentError where the model takes fewer tokens."""
+    from modelopt_sparse.calibration.prompts import context_of
     from modelopt_sparse.errors import ArgumentError, describe
 
     context = context_of(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from modelopt_sparse.errors import ArgumentError, describe
 from modelopt_sparse.faithfulness.intervals import (
     Interval,
     mean_interval,
@@ -27,7 +28,7 @@ class Cell:
 
     Args:
         group, variant, task, length: which. `TEXT` is no task but text to predict.
-        samples: how many.
+        samples, seeds: how many, and what chose them.
         dense, sparse: of a task, how many were answered exactly, without and with skipping.
         lost, gained: of these, those that only the dense, and only the sparse model answered.
         dense_bits, sparse_bits: of text, bits per byte of each window.
@@ -39,6 +40,7 @@ class Cell:
     task: str
     length: int
     samples: int
+    seeds: tuple[int, ...]
     dense: int = 0
     sparse: int = 0
     lost: int = 0
@@ -54,14 +56,22 @@ class Cell:
         return self.group, self.variant, self.task, self.length
 
     def __add__(self, other: Cell) -> Cell:
-        """Both samples together, which must be different ones of the same place."""
+        """Both samples together.
+
+        Raises:
+            ArgumentError: they are of two places, or of one seed, which are the same samples twice.
+        """
         if self.place != other.place:
-            raise ValueError(f"got cells of {self.place} and {other.place}; takes those of one")
+            raise ArgumentError(describe("cells", f"{self.place} and {other.place}", "one place"))
+        if both := set(self.seeds) & set(other.seeds):
+            got = f"{self.place} twice with seed {', '.join(map(str, sorted(both)))}"
+            raise ArgumentError(describe("cells", got, "each seed once"))
         parts = ("samples", "dense", "sparse", "lost", "gained", "visible", "skipped")
         sums = {name: getattr(self, name) + getattr(other, name) for name in parts}
         return replace(
             self,
             **sums,
+            seeds=self.seeds + other.seeds,
             dense_bits=self.dense_bits + other.dense_bits,
             sparse_bits=self.sparse_bits + other.sparse_bits,
         )
@@ -105,7 +115,11 @@ class Cell:
 
 
 def added(cells: Iterable[Cell]) -> list[Cell]:
-    """One cell for each place, in the order in which they first come."""
+    """One cell for each place, in the order in which they first come.
+
+    Raises:
+        ArgumentError: two have the same samples.
+    """
     found: dict[tuple[str, str, str, int], Cell] = {}
     for cell in cells:
         found[cell.place] = found[cell.place] + cell if cell.place in found else cell
@@ -121,6 +135,6 @@ def save(path: Path, where: dict[str, str], cells: Sequence[Cell]) -> None:
 def load(path: Path) -> tuple[dict[str, str], list[Cell]]:
     """What `save` wrote."""
     data = json.loads(path.read_text())
-    bits = ("dense_bits", "sparse_bits")
-    rows = [{**row, **{name: tuple(row[name]) for name in bits}} for row in data["cells"]]
+    many = ("seeds", "dense_bits", "sparse_bits")
+    rows = [{**row, **{name: tuple(row[name]) for name in many}} for row in data["cells"]]
     return data["environment"], [Cell(**row) for row in rows]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,49 +23,68 @@ BATCH_TOKENS = 32_768
 DECODED_BYTES = 64
 
 
+@dataclass(frozen=True)
+class Run:
+    """Samples, and the group whose variants are measured on them.
+
+    Args:
+        group: a name in `variants.GROUPS`.
+        task: a name in `tasks.TASKS`, or `TEXT` for bits per byte.
+        length: tokens of a sample.
+        samples, seed: how many, and what chooses them.
+    """
+
+    group: str
+    task: str
+    length: int
+    samples: int
+    seed: int = 0
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether answers are decoded, not run with the prompt."""
+        return self.group == DECODE
+
+    def cell(self, variant: Variant, **found: Any) -> Cell:
+        """What was found of a variant."""
+        place = self.group, variant.name, self.task, self.length
+        return Cell(*place, self.samples, (self.seed,), **found)
+
+
 def measured(
-    model: nn.Module,
-    group: str,
-    variants: Sequence[Variant],
-    task: str,
-    length: int,
-    count: int,
-    seed: int,
-    text: bytes,
+    model: nn.Module, run: Run, variants: Sequence[Variant], text: bytes
 ) -> Iterator[Cell]:
-    """A cell for each variant, all of the same `count` samples of `length` tokens.
+    """A cell for each variant, all of the same samples.
 
     Args:
         model: dense, and dense again after each cell.
-        task: a name in `tasks.TASKS`, or `TEXT` for bits per byte.
-        seed: chooses the samples.
         text: held-out text.
     """
-    phase = "decode" if group == DECODE else "prefill"
-    logits_of = decoded if group == DECODE else at_once
-    if task == TEXT:
-        windows = text_windows(text, count, length, seed)
-        bits_of = _decoded_bits if group == DECODE else _bits
+    phase = "decode" if run.is_decode else "prefill"
+    if run.task == TEXT:
+        windows = text_windows(text, run.samples, run.length, run.seed)
+        bits_of = _decoded_bits if run.is_decode else _bits
         dense_bits = bits_of(model, windows)
         for variant in variants:
             with variant.applied(model):
                 bits, tiles = bits_of(model, windows), _tiles(model, phase)
-            yield Cell(
-                group, variant.name, task, length, count,
-                dense_bits=dense_bits, sparse_bits=bits, **tiles,
-            )  # fmt: skip
+            yield run.cell(variant, dense_bits=dense_bits, sparse_bits=bits, **tiles)
         return
-    rng = random.Random(f"{task} {length} {seed}")
-    samples = [sample(task, length, rng, text) for _ in range(count)]
+    rng = random.Random(f"{run.task} {run.length} {run.seed}")
+    samples = [sample(run.task, run.length, rng, text) for _ in range(run.samples)]
+    logits_of = decoded if run.is_decode else at_once
     dense = _answered(model, samples, logits_of)
     for variant in variants:
         with variant.applied(model):
             sparse, tiles = _answered(model, samples, logits_of), _tiles(model, phase)
-        yield Cell(
-            group, variant.name, task, length, count,
-            dense=int(dense.sum()), sparse=int(sparse.sum()),
-            lost=int((dense & ~sparse).sum()), gained=int((sparse & ~dense).sum()), **tiles,
-        )  # fmt: skip
+        yield run.cell(
+            variant,
+            dense=int(dense.sum()),
+            sparse=int(sparse.sum()),
+            lost=int((dense & ~sparse).sum()),
+            gained=int((sparse & ~dense).sum()),
+            **tiles,
+        )
 
 
 def _bits(model: nn.Module, windows: Tensor) -> tuple[float, ...]:

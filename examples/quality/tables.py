@@ -1,6 +1,5 @@
 """Cells as Markdown, in the marked blocks of a page.
 
-    python -m examples.quality.tables a.json b.json --json docs/quality/h200.json
     python -m examples.quality.tables --into docs/quality.md
 
 A block names a file and a group of variants, or ``tasks``, each task under each preset.
@@ -16,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from examples.quality.cells import TEXT, Cell, added, load, save
+from examples.quality.cells import TEXT, Cell, load
 from examples.quality.variants import GROUPS
 from examples.tiny_lm.tasks import TASKS
 from modelopt_sparse.bench.blocks import Blocks
@@ -37,13 +36,17 @@ def summary(cell: Cell) -> str:
 
 
 def group_table(cells: Sequence[Cell], group: str) -> str:
-    """Variants of a group by length: tiles skipped, bits per byte, and the task that lost most."""
+    """Variants of a group by length: tiles skipped, bits per byte, and the task that lost most.
+
+    Tasks are those that all variants of that length were measured on, with the same samples.
+    """
     heads = (
         "length",
         group,
         "skipped",
         "in tasks",
         "bits per byte",
+        "windows",
         "all tasks",
         "worst task",
         "of",
@@ -52,10 +55,12 @@ def group_table(cells: Sequence[Cell], group: str) -> str:
     own = sorted((cell for cell in cells if cell.group == group), key=lambda cell: cell.length)
     for length, of_length in groupby(own, key=lambda cell: cell.length):
         of_all = list(of_length)
-        for variant in (each.name for each in GROUPS[group]):
+        shared = _shared_tasks(of_all)
+        measured = {cell.variant for cell in of_all}
+        for variant in (each.name for each in GROUPS[group] if each.name in measured):
             found = {cell.task: cell for cell in of_all if cell.variant == variant}
-            text = found.pop(TEXT, None)
-            tasks = [found[name] for name in TASKS if name in found]
+            text = found.get(TEXT)
+            tasks = [found[name] for name in shared if name in found]
             all_tasks = _together(tasks) if tasks else None
             worst = max(tasks, key=lambda cell: cell.drop, default=None)
             lines.append(
@@ -65,9 +70,10 @@ def group_table(cells: Sequence[Cell], group: str) -> str:
                     _skipped(text, group),
                     _skipped(all_tasks, group),
                     _more(text) if text else "",
+                    f"{text.samples}" if text else "",
                     _points(all_tasks) if all_tasks else "",
                     f"{worst.task} {_points(worst)}" if worst and worst.drop > 0 else "",
-                    f"{all_tasks.samples}" if all_tasks else "",
+                    f"{all_tasks.samples} of {_tasks(len(tasks))}" if all_tasks else "",
                 )
             )
     return "\n".join(lines)
@@ -106,10 +112,28 @@ def refreshed(document: Path) -> str:
     return BLOCKS.rewritten(document, content)
 
 
+def _shared_tasks(cells: Sequence[Cell]) -> list[str]:
+    """Tasks of which every variant that has any was given the same samples."""
+    of_tasks = [cell for cell in cells if cell.task != TEXT]
+    variants = {cell.variant for cell in of_tasks}
+    found = []
+    for task in TASKS:
+        own = [cell for cell in of_tasks if cell.task == task]
+        samples = {(cell.samples, frozenset(cell.seeds)) for cell in own}
+        if len(samples) == 1 and {cell.variant for cell in own} == variants:
+            found.append(task)
+    return found
+
+
 def _together(cells: Sequence[Cell]) -> Cell:
     """All tasks as one."""
-    first, *others = (replace(cell, task="all") for cell in cells)
+    # Of one seed each task has samples of its own.
+    first, *others = (replace(cell, task="all", seeds=()) for cell in cells)
     return sum(others, first)
+
+
+def _tasks(count: int) -> str:
+    return f"{count} task{'s' * (count != 1)}"
 
 
 def _more(cell: Cell) -> str:
@@ -145,24 +169,10 @@ def _line(*parts: str) -> str:
 
 
 def main(
-    files: Annotated[
-        list[Path] | None, typer.Argument(help="What runs of one model wrote.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="All in one file.")] = None,
-    into: Annotated[
-        Path | None, typer.Option(help="A page, whose blocks are written anew.")
-    ] = None,
+    into: Annotated[Path, typer.Option(help="A page, whose blocks are written anew.")],
 ) -> None:
-    """Add up the cells of files, or write the blocks of a page."""
-    if into is not None:
-        into.write_text(refreshed(into))
-    loaded = [load(path) for path in files or ()]
-    cells = added(cell for _, found in loaded for cell in found)
-    if json_file is not None and loaded:
-        save(json_file, loaded[0][0], cells)
-    else:
-        for cell in cells:
-            typer.echo(summary(cell))
+    """Write the blocks of a page."""
+    into.write_text(refreshed(into))
 
 
 if __name__ == "__main__":

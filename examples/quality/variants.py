@@ -10,8 +10,10 @@ from types import MappingProxyType
 from torch import nn
 
 import modelopt_sparse as mtsa
+from examples.quality.choosing import chosen_like
+from examples.quality.orders import ORDERS
+from examples.quality.selectors import SELECTORS, Selector
 from modelopt_sparse.calls import AttentionCall, Observer
-from modelopt_sparse.faithfulness.selectors import ORDERS, SELECTORS, Selector, chosen_like
 from modelopt_sparse.kernels import AttentionOutput, Plan, SkipSoftmax
 from modelopt_sparse.module import observed
 from modelopt_sparse.module_state import sparse_modules

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .cases import Case, Setting, smoke_cases, standard_cases
+from .case import Case, Setting
 from .decode_step import small_step_cases, step_cases
 from .run import Row, measure
 from .serving import serving_cases, small_serving_cases
+from .suites import smoke_cases, standard_cases
 
 __all__ = [
     "Case",

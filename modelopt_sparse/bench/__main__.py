@@ -14,13 +14,14 @@ from rich.console import Console
 
 from .break_even import advice, break_evens
 from .captured import Source, captured_cases
-from .cases import Case, Setting, smoke_cases, standard_cases
+from .case import Case, Setting
 from .decode_step import small_step_cases, step_cases
 from .inputs import Shape
 from .plots import save_plots
 from .report import break_even_table, environment, said_of, save, save_csv, table_of
 from .run import Row, measure
 from .serving import serving_cases, small_serving_cases
+from .suites import smoke_cases, standard_cases
 from .timing import FULL, QUICK, Effort
 from .whole_model import small_whole_model_cases, whole_model_cases
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from .cases import OWN_DENSE
+from .case import OWN_DENSE
 from .run import Row, fastest_rivals
 
 LEAST_SPARSITY = 0.3

@@ -27,20 +27,8 @@ from modelopt_sparse.files import read_text
 from modelopt_sparse.kernels import Plan, SkipSoftmax
 
 from . import baselines
-from .cases import (
-    FLASH,
-    OWN_DENSE,
-    SDPA,
-    Case,
-    Check,
-    Setting,
-    Trial,
-    forward,
-    own_dense,
-    skipped_share,
-    timed_forward,
-    tokens,
-)
+from .case import FLASH, OWN_DENSE, SDPA, Case, Check, Setting, Trial, tokens
+from .cases import forward, own_dense, skipped_share, timed_forward
 from .checks import forward_error, relative_error
 from .inputs import Inputs
 

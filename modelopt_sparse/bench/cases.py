@@ -1,9 +1,9 @@
-"""What is measured: each case builds its inputs, our call, the peers to set beside it, and the check."""
+"""Kinds of cases: each builds its inputs, our call, the peers to set beside it, and the check."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,8 +23,10 @@ from modelopt_sparse.kernels import (
 
 from . import baselines
 from .baselines import PRODUCT, Peer
+from .case import CUDNN, FLASH, OWN_DENSE, SDPA, Check, Setting, Trial
 from .checks import (
     DENSE_ERROR,
+    DIAL_ERROR,
     GRADIENT_ERROR,
     NM_ERROR,
     chunk_error,
@@ -32,81 +34,11 @@ from .checks import (
     gradient_error,
     planned_error,
 )
-from .inputs import THRESHOLD, Inputs, Shape, dialled, plain
+from .inputs import SKIPS_NOTHING, THRESHOLD, Inputs, dialled, plain
 from .packages import dense_packages, skipping_packages
 from .timing import Run
 
-SKIPS_NOTHING = 1e-30
-"""A lambda under which no tile falls."""
-DIAL_ERROR = 0.03
-"""How far the counted share of skipped tiles may lie from the dial."""
-RAGGED = (
-    16384, 12288, 8192, 6144, 5120, 4096, 3333, 2777, 2222, 1600, 1111, 850, 600, 400, 250, 169,
-)  # fmt: skip
-"""16 sequences, 64k tokens."""
-
-OWN_DENSE, CUDNN, FLASH, SDPA = "own dense", "cuDNN", "FlashAttention-2", "SDPA"
 MODELOPT, FLEX = "Model-Optimizer", "FlexAttention"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """On what the cases run."""
-
-    device: torch.device
-    dtype: torch.dtype
-    shape: Shape = field(default_factory=Shape)
-
-
-@dataclass(frozen=True)
-class Check:
-    """What the check found: the relative error, the bound that it stays under, and anything else wrong."""
-
-    error: float
-    bound: float
-    wrong: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Written so that NaN fails."""
-        return self.error <= self.bound and not self.wrong
-
-
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """A case, ready to be run.
-
-    Args:
-        error: of a dense output, our own or a peer's.
-        run: our call, to be timed.
-        check: runs it once and compares.
-        peers: by name, makers of what is timed in turn with ours.
-        flops: of the dense call that does the same.
-        sparsity: share of tiles skipped, as the kernel counts; set where something is skipped.
-        length: tokens of the one sequence that prefills; None elsewhere, and where heads are of other dims.
-    """
-
-    error: Callable[[Tensor], float]
-    run: Run
-    check: Callable[[], Check]
-    peers: Mapping[str, Callable[[], Peer]]
-    flops: float
-    sparsity: float | None = None
-    length: int | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """A named case of a group, `build` makes it for a setting."""
-
-    group: str
-    name: str
-    build: Callable[[Setting], Trial] = field(compare=False)
-
-
-def tokens(n: int) -> str:
-    """A length as names of cases spell it."""
-    return f"{n // 1024}k" if n % 1024 == 0 else str(n)
 
 
 def forward(inputs: Inputs, plan: Plan = DENSE, details: bool = False) -> AttentionOutput:
@@ -366,86 +298,3 @@ def _miscounted(inputs: Inputs, output: AttentionOutput) -> str:
     if abs(skipped_share(output) - inputs.share) > DIAL_ERROR:
         return f"skipped {skipped_share(output):.1%}, dialled {inputs.share:.0%}"
     return ""
-
-
-def _with_dim(
-    dim: int, build: Callable[[Setting], Trial], setting: Setting, value_dim: int | None = None
-) -> Trial:
-    shape = replace(setting.shape, head_dim=dim, value_dim=value_dim)
-    trial = build(replace(setting, shape=shape))
-    return replace(trial, length=None)
-
-
-def standard_cases() -> list[Case]:
-    """The table: bf16, 32 query heads, 8 KV heads, head_dim 128, causal, unless its name says otherwise."""
-    k = 1024
-    cases = [
-        Case("dense", f"dense-{tokens(n)}", partial(dense, [n], beside_all=True))
-        for n in (4 * k, 16 * k)
-    ]
-    cases += [Case("overhead", f"skip0-{tokens(n)}", partial(overhead, n)) for n in (4 * k, 16 * k)]
-    cases += [
-        Case("skip", f"skip{share}-16k", partial(skip, 16 * k, share / 100))
-        for share in (50, 75, 90, 95)
-    ]
-    cases += [
-        Case("skip", "skip10-90-16k", partial(skip_unevenly, 16 * k, 0.1, 0.9)),
-        Case("skip", "skip-hot-rows-16k", partial(skip_with_hot_rows, 16 * k, 0.9)),
-    ]
-    cases += [
-        Case("tiles", f"tiles{share}-16k", partial(tile_list, 16 * k, share / 100))
-        for share in (50, 90)
-    ]
-    cases += [
-        Case("nm", f"nm{n}:{m}-{tokens(length)}", partial(n_of_m, length, n, m))
-        for n, m in ((2, 4), (4, 8))
-        for length in (4 * k, 16 * k)
-    ]
-    cases += [Case("backward", "backward-8k", partial(backward, 8 * k))]
-    cases += [
-        Case("training", f"training{share}-8k", partial(training, 8 * k, share / 100))
-        for share in (50, 75)
-    ]
-    for n in (2 * k, 8 * k, 32 * k, 64 * k, 128 * k):
-        cases.append(Case("others", f"length-{tokens(n)}", partial(dense, [n])))
-    for n in (8 * k, 64 * k, 128 * k):
-        cases.append(Case("others", f"length-skip75-{tokens(n)}", partial(skip, n, 0.75)))
-    for dim in (64, 256):
-        for n in (4 * k, 16 * k):
-            build = partial(_with_dim, dim, partial(dense, [n]))
-            cases.append(Case("others", f"dim{dim}-{tokens(n)}", build))
-        build = partial(_with_dim, dim, partial(skip, 16 * k, 0.75))
-        cases.append(Case("others", f"dim{dim}-skip75-16k", build))
-    build = partial(_with_dim, 192, partial(dense, [16 * k]), value_dim=128)
-    cases.append(Case("others", "dims192-128-16k", build))
-    cases.append(Case("others", "full-16k", partial(dense, [16 * k], causal=False)))
-    cases.append(Case("others", "ragged-64k", partial(dense, RAGGED)))
-    cases.append(Case("others", "equal-64k", partial(dense, [4 * k] * 16)))
-    for share in (None, 0.75):
-        name = "dense" if share is None else f"skip{share:.0%}".rstrip("%")
-        build = partial(chunk, 2 * k, 32 * k, share)
-        cases.append(Case("chunk", f"chunk-{name}-2k-of-32k", build))
-    return cases
-
-
-def smoke_cases() -> list[Case]:
-    """Each kind of case, small."""
-    return [
-        Case("dense", "dense-200", partial(dense, [200])),
-        Case("overhead", "skip0-200", partial(overhead, 200)),
-        Case("skip", "skip50-1k", partial(skip, 1024, 0.5)),
-        Case("skip", "skip10-60-1k", partial(skip_unevenly, 1024, 0.1, 0.6)),
-        Case("skip", "skip-hot-rows-1k", partial(skip_with_hot_rows, 1024, 0.5)),
-        Case("tiles", "tiles50-1k", partial(tile_list, 1024, 0.5)),
-        Case("nm", "nm2:4-200", partial(n_of_m, 200, 2, 4)),
-        Case("backward", "backward-200", partial(backward, 200)),
-        Case("training", "training40-900", partial(training, 900, 0.4)),
-        Case("others", "dim16-100", partial(_with_dim, 16, partial(dense, [100]))),
-        Case(
-            "others", "dims48-32-100", partial(_with_dim, 48, partial(dense, [100]), value_dim=32)
-        ),
-        Case("others", "full-200", partial(dense, [200], causal=False)),
-        Case("others", "ragged-300", partial(dense, [150, 129, 20, 1])),
-        Case("chunk", "chunk-dense-128-of-1k", partial(chunk, 128, 1024, None)),
-        Case("chunk", "chunk-skip50-128-of-1k", partial(chunk, 128, 1024, 0.5)),
-    ]

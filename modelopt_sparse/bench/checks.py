@@ -17,6 +17,8 @@ DENSE_ERROR = 0.005
 NM_ERROR = 0.02
 """The same with N:M, where rounding may choose another of two equal scores."""
 GRADIENT_ERROR = 0.01
+DIAL_ERROR = 0.03
+"""How far the counted share of skipped tiles may lie from the dial."""
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

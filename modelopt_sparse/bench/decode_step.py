@@ -14,7 +14,7 @@ from modelopt_sparse.integrations.packing import PackedBatch, Visibility, pack
 from modelopt_sparse.kernels import attention_varlen
 
 from .baselines import Peer
-from .cases import Case, Check, Setting, Trial
+from .case import Case, Check, Setting, Trial
 from .checks import DENSE_ERROR, relative_error
 from .llama import PROJECTED, Size, cache_of, captured, flops_of, random_llama
 from .timing import Times

@@ -17,6 +17,8 @@ ROWS, KEYS = 64, 128
 """The decision tile that `dialled` aims at: the default of `SkipSoftmax`."""
 THRESHOLD = 0.1
 """The lambda at which a dialled share of tiles is skipped."""
+SKIPS_NOTHING = 1e-30
+"""A lambda under which no tile falls."""
 LATENT, ROTARY = 512, 64
 """Channels of a latent and of its rotary part, as in DeepSeek-V3."""
 

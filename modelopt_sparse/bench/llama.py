@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from .cases import Setting
+from .case import Setting
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .baselines import Peer, Unavailable
-from .cases import OWN_DENSE, Case, Setting, Trial
+from .case import OWN_DENSE, Case, Setting, Trial
 from .timing import Effort, Run, Times, times_in_turn
 
 PEER_ERROR = 0.02

@@ -25,14 +25,23 @@ from modelopt_sparse.kernels import (
 )
 
 from .baselines import COPY, PRODUCT, Peer, Unavailable, copy_of, flashinfer_latent, product_of
-from .cases import CUDNN, FLASH, OWN_DENSE, SDPA, SKIPS_NOTHING, Case, Check, Setting, Trial
-from .checks import DENSE_ERROR, forward_error, relative_error
-from .inputs import LATENT, LOG2_E, QUERY_NOISE, ROTARY, SINK, THRESHOLD, TOPIC, plain
+from .case import CUDNN, FLASH, OWN_DENSE, SDPA, Case, Check, Setting, Trial
+from .checks import DENSE_ERROR, DIAL_ERROR, forward_error, relative_error
+from .inputs import (
+    LATENT,
+    LOG2_E,
+    QUERY_NOISE,
+    ROTARY,
+    SINK,
+    SKIPS_NOTHING,
+    THRESHOLD,
+    TOPIC,
+    plain,
+)
 from .packages import FLASHINFER
 
 DECODE_KEYS = 64
 """Keys of a decision tile in decode: the default of `SkipSoftmaxDecode`."""
-DIAL_ERROR = 0.03
 OWN_PACKED = "own packed"
 
 

@@ -21,7 +21,7 @@ from modelopt_sparse.sparse_mode import (
 )
 
 from .baselines import Peer
-from .cases import OWN_DENSE, Case, Check, Setting, Trial, tokens
+from .case import OWN_DENSE, Case, Check, Setting, Trial, tokens
 from .checks import relative_error
 from .decode_step import LOGITS_ERROR, TRANSFORMERS
 from .llama import Size, cache_of, captured, flops_of, random_llama

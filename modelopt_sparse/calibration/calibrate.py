@@ -82,6 +82,9 @@ def _method(name: str, module: SparseAttentionModule) -> SkipSoftmaxConfig:
 
 def _run(model: nn.Module, config: CalibrationConfig, data: Data) -> None:
     if callable(data):
+        if config.chunk_size is not None:
+            takes = "None where a function runs the model"
+            raise ConfigError(describe("calibration.chunk_size", config.chunk_size, takes))
         data(model)
         return
     if data is not None and not isinstance(data, Iterable):

@@ -71,8 +71,8 @@ def _ids_and_mask(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | No
         if isinstance(batch, Mapping)
         else (batch, None)
     )
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
         got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(batch)[:100]
-        takes = "token ids [batch, tokens], or a mapping with them as input_ids"
+        takes = "token ids [batch, tokens], not empty, or a mapping with them as input_ids"
         raise ArgumentTypeError(describe("a batch to calibrate with", got, takes))
     return ids.to(device), None if mask is None else mask.to(device)

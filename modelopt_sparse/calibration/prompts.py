@@ -28,6 +28,14 @@ _NEXT, _APART = 0.618, 2**0.5 - 1
 _REMEDY = "Give prompts of your own as forward_loop."
 
 
+def context_of(model: nn.Module) -> int | None:
+    """How many tokens the model takes; None where no configuration says."""
+    config: Any = getattr(model, "config", None)
+    text = None if config is None else config.get_text_config()
+    found: int | None = getattr(text, "max_position_embeddings", None)
+    return found
+
+
 def fitting(model: nn.Module, config: CalibrationConfig) -> CalibrationConfig:
     """The same, with prompts that the model has room for where nobody says how long they are to be.
 
@@ -35,9 +43,7 @@ def fitting(model: nn.Module, config: CalibrationConfig) -> CalibrationConfig:
         ConfigError: `max_seqlen` is given, and with the tokens that the model writes it is more than the
             model's configuration says that it takes.
     """
-    whole: Any = getattr(model, "config", None)
-    text = None if whole is None else whole.get_text_config()
-    context: int | None = getattr(text, "max_position_embeddings", None)
+    context = context_of(model)
     if context is None or config.max_seqlen + config.num_decode_tokens <= context:
         return config
     most = context - config.num_decode_tokens
@@ -84,8 +90,19 @@ def prompts(
         if wanted < 1:
             takes = f"at least {length - wanted + 1} tokens for a prompt of this kind"
             raise ConfigError(describe("calibration.max_seqlen", length, takes, _REMEDY))
-        ids = [*opening, *islice(middle, wanted), *question]
-        yield torch.tensor([ids])
+        ids = torch.tensor([[*opening, *islice(middle, wanted), *question]])
+        _check_known(model, ids)
+        yield ids
+
+
+def _check_known(model: nn.Module, ids: Tensor) -> None:
+    embed: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    known: int | None = getattr(embed, "num_embeddings", None)
+    if known is not None and int(ids.max()) >= known:
+        takes = f"one for this model, which knows {known} tokens"
+        raise ConfigError(
+            describe("calibration.tokenizer", f"token {int(ids.max())}", takes, _REMEDY)
+        )
 
 
 def _halves(longest: int) -> list[int]:

@@ -93,11 +93,14 @@ class CalibrationConfig(BaseModel):
             output of its layer least.
         form: "table" runs what was measured, by length; "formula" runs a * exp(b * share) / keys, which
             serving engines read, and keeps a share or a bound as well as it fits.
-        samples: how many prompts, where no forward_loop brings its own.
+        samples: how many prompts, where no forward_loop brings its own; max_seqlen, text_files and
+            tokenizer are of these too.
         max_seqlen: tokens of the longest of these, or fewer where nobody says how many and the model takes
             fewer. The others are halves, quarters ... down to 1024.
-        chunk_size: prompts are given to the model in chunks of so many tokens; None: whole.
-        num_decode_tokens: tokens that the model writes after each, which calibrate decode.
+        chunk_size: prompts are given to the model in chunks of so many tokens; None: whole, or as a function
+            gives them.
+        num_decode_tokens: tokens that the model writes after each, which calibrate decode; a function
+            generates its own.
         text_files: prompts are cut out of these files; None: tasks are made up, with seeds.
         tokenizer: name or path of the tokenizer for them; None: the model's own name or path.
     """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,37 @@ class Batch:
             takes = "at least two tokens in a row in each sequence: one predicts the next"
             raise ArgumentError(describe(name, "a sequence of less than two tokens", takes))
         return cls(ids, scored, arguments)
+
+    def decoded(self, name: str, count: int) -> Batch:
+        """The same, of which only what the last `count` tokens predict is scored.
+
+        Raises:
+            ArgumentError: a sequence hasn't so many tokens and one before them, or ends in padding.
+            UnsupportedCall: there are arguments that don't say which of them belong to a token.
+        """
+        others = [key for key in self.arguments if key not in ("input_ids", "attention_mask")]
+        if others:
+            takes = "input_ids and attention_mask alone, where tokens are decoded"
+            raise UnsupportedCall(describe(name, ", ".join(others), takes))
+        if not self.scored[:, -count:].all() or self.scored.shape[1] < count:
+            takes = f"sequences that end with {count + 1} tokens of text"
+            remedy = "Pad on the left, or decode fewer."
+            raise ArgumentError(describe(name, "shorter ones, or padding behind", takes, remedy))
+        scored = self.scored.clone()
+        scored[:, : scored.shape[1] - count + 1] = False
+        return replace(self, scored=scored)
+
+    def calls(self, decoded: int) -> Iterator[dict[str, Any]]:
+        """The arguments of each call, where the last `decoded` tokens come one by one."""
+        if not decoded:
+            yield self.arguments
+            return
+        mask = self.arguments.get("attention_mask")
+        start, length = 0, self.ids.shape[1]
+        for end in range(length - decoded, length + 1):
+            seen = None if mask is None else mask[:, :end]
+            yield {"input_ids": self.ids[:, start:end], "attention_mask": seen}
+            start = end
 
 
 def _ids(name: str, ids: object) -> Tensor:

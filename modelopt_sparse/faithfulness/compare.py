@@ -23,7 +23,11 @@ from .tokens import TokenScores, token_scores
 
 @torch.no_grad()
 def compare(
-    model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any]], *, confidence: float = 0.95
+    model: nn.Module,
+    inputs: Iterable[Tensor | Mapping[str, Any]],
+    *,
+    num_decode_tokens: int = 0,
+    confidence: float = 0.95,
 ) -> Comparison:
     """Runs a sparse model on token ids, dense and sparse, and says how far apart the two are.
 
@@ -38,6 +42,9 @@ def compare(
             forward arguments, ``input_ids`` and ``attention_mask`` [B, T] among them, as tokenizers return.
             They are taken one by one, so progress can be shown around them; logits of past ones aren't kept.
             Padding, and what would follow the last token, isn't scored; ``labels`` aren't looked at.
+        num_decode_tokens: so many tokens at the end of each sequence are given one by one, after the prompt
+            before them, and so are decoded; what they predict is all that is scored then. 0: sequences run
+            whole. Otherwise 2 or more, padding is on the left, and batches have nothing but ids and a mask.
         confidence: of the intervals, between 0 and 1.
     Returns:
         What was found, of the tokens and module by module. Means are over all tokens. Tokens of a
@@ -59,11 +66,17 @@ def compare(
         raise ArgumentTypeError(describe("inputs", got, "an iterable of batches", remedy))
     if not isinstance(confidence, float) or not 0 < confidence < 1:
         raise ArgumentError(describe("confidence", repr(confidence), "a float between 0 and 1"))
+    if type(num_decode_tokens) is not int or num_decode_tokens < 0 or num_decode_tokens == 1:
+        takes = "0, or an int from 2 on: the last token predicts none that is known"
+        raise ArgumentError(describe("num_decode_tokens", repr(num_decode_tokens), takes))
     probes = {module: Probe() for module in modules.values()}
     sequences: list[TokenScores] = []
     with counting_anew(modules.values()):
         for index, batch in enumerate(inputs):
-            sequences += _scores(model, probes, Batch.of(f"inputs[{index}]", batch))
+            checked = Batch.of(f"inputs[{index}]", batch)
+            if num_decode_tokens:
+                checked = checked.decoded(f"inputs[{index}]", num_decode_tokens)
+            sequences += _scores(model, probes, checked, num_decode_tokens)
         if not sequences:
             raise ArgumentError(describe("inputs", "no batches", "at least one"))
         if not any(probe.was_called for probe in probes.values()):
@@ -101,20 +114,29 @@ def _enabled_modules(model: nn.Module) -> dict[str, SparseAttentionModule]:
 
 
 def _scores(
-    model: nn.Module, probes: dict[SparseAttentionModule, Probe], batch: Batch
+    model: nn.Module, probes: dict[SparseAttentionModule, Probe], batch: Batch, decoded: int
 ) -> list[TokenScores]:
     with observed(probes):
-        dense = _logits(model, batch)
-    return token_scores(batch, dense, _logits(model, batch))
+        dense = _logits(model, batch, decoded)
+    return token_scores(batch, dense, _logits(model, batch, decoded))
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def _logits(model: nn.Module, batch: Batch, decoded: int) -> Tensor:
     """[B, T, V]."""
-    output = model(**{**batch.arguments, "use_cache": False, "return_dict": True})
+    found, cache = [], None
+    for arguments in batch.calls(decoded):
+        with_cache = {"past_key_values": cache, "use_cache": decoded > 0, "return_dict": True}
+        output = model(**arguments, **with_cache)
+        found.append(_checked_logits(model, arguments["input_ids"].shape, output))
+        cache = getattr(output, "past_key_values", None)
+    return torch.cat(found, 1)
+
+
+def _checked_logits(model: nn.Module, shape: torch.Size, output: object) -> Tensor:
     logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.ids.shape:
-        shape = list(logits.shape) if isinstance(logits, Tensor) else "none"
-        got = f"a {type(model).__name__} whose logits are {shape}"
-        takes = f"a causal language model that returns {[*batch.ids.shape, 'V']}"
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != shape:
+        found = list(logits.shape) if isinstance(logits, Tensor) else "none"
+        got = f"a {type(model).__name__} whose logits are {found}"
+        takes = f"a causal language model that returns {[*shape, 'V']}"
         raise UnsupportedModel(describe("model", got, takes))
     return logits

@@ -99,15 +99,10 @@ def paged_attention(
     if layer_type == "sliding_attention" and sliding_window is None:
         takes = "the window by which the cache keeps keys"
         raise UnsupportedCall(describe("sliding_window", None, takes))
-    place: dict[str, Any] = {"read_index": read_index, "write_index": write_index}
-    if _PREFIXES_NAMES:
-        # [keys, Hk, D] each.
-        key, value = cache.update(key, value, layer_idx=module.layer_idx, **place)
-        key, value = (x.transpose(0, 1)[None] for x in (key, value))
-    else:
-        place |= {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_k}
-        key, value = cache.update(key, value, layer_idx=module.layer_idx, kwargs=place)
-        cu_seq_lens_k, max_k = place["cu_seq_lens_k"], place["max_length_k"]
+    place = {"read_index": read_index, "write_index": write_index}
+    key, value, cu_seq_lens_k, max_k = _updated(
+        cache, module, key, value, cu_seq_lens_k, max_k, place
+    )
     if isinstance(cu_seq_lens_k, Mapping):
         cu_seq_lens_k, max_k = cu_seq_lens_k[layer_type], max_k[layer_type]
     visibility = Visibility(
@@ -151,3 +146,25 @@ def _layer_type(cache: Any, module: Any) -> str:
         return "full_attention" if windows[module.layer_idx] == 1 else "sliding_attention"
     keeper = cache.layer_to_allocator[module.layer_idx]
     return next(str(name) for name, each in cache.cache_allocators.items() if each is keeper)
+
+
+def _updated(
+    cache: Any,
+    module: Any,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens_k: Any,
+    max_k: Any,
+    place: dict[str, Any],
+) -> tuple[Tensor, Tensor, Any, Any]:
+    """Stores new keys and values, and returns all those of the requests, [1, Hk, keys, D], and their lengths.
+
+    From transformers 5.19 on the cache picks the lengths of the module's layer type; before, they stay.
+    """
+    if _PREFIXES_NAMES:
+        # [keys, Hk, D] each.
+        key, value = cache.update(key, value, layer_idx=module.layer_idx, **place)
+        return key.transpose(0, 1)[None], value.transpose(0, 1)[None], cu_seq_lens_k, max_k
+    given = place | {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_k}
+    key, value = cache.update(key, value, layer_idx=module.layer_idx, kwargs=given)
+    return key, value, given["cu_seq_lens_k"], given["max_length_k"]

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modelopt_sparse.kernels.types import Seqs
 
-# The attribute of a mask that holds what was read off it: every layer of a forward pass gets the same mask.
-READINGS = "_modelopt_readings"
-# The attribute of a dense mask that holds the number of each token's sequence, [B, Lkv], where several
-# are packed in one batch item: a mask can't say where their grids begin.
-PACKED_NUMBERS = "_modelopt_packed_numbers"
+_NOTE = "_modelopt_note"
+
+
+@dataclass(frozen=True, eq=False)
+class MaskNote:
+    """What goes with a mask from layer to layer: all those of a forward pass get the same one.
+
+    Args:
+        packed_numbers: of a dense mask: the number of each token's sequence, [B, Lkv], where several are
+            packed in one batch item, for the mask can't say where their grids begin; else None.
+        readings: what was read off the mask, by what it was read for.
+    """
+
+    packed_numbers: Tensor | None = None
+    readings: dict[Any, Any] = field(default_factory=dict)
+
+
+def add_note(mask: Tensor, packed_numbers: Tensor | None = None) -> MaskNote:
+    """Attaches a note on which nothing was read yet."""
+    note = MaskNote(packed_numbers)
+    setattr(mask, _NOTE, note)
+    return note
+
+
+def note_of(mask: Tensor) -> MaskNote | None:
+    """The note attached to a mask, or None."""
+    note: MaskNote | None = getattr(mask, _NOTE, None)
+    return note
 
 
 @dataclass(frozen=True, eq=False)

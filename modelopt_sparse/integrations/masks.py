@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask
 
 from .capture import is_capturing
-from .layout import PACKED_NUMBERS, READINGS, first_index_of_run
+from .layout import add_note, first_index_of_run
 from .runs import dense_mask, packed_numbers, runs_of_rows
 
 # The model types whose masks tests/conformance compares with eager attention. Others, which may do
@@ -122,9 +122,7 @@ def interval_mask(**kwargs: Any) -> Tensor | None:
 
 def _noted(mask: Tensor, number: Tensor | None) -> Tensor:
     """The dense mask, with a note that all layers share it, and of packed sequences' numbers."""
-    setattr(mask, READINGS, {})
-    if number is not None:
-        setattr(mask, PACKED_NUMBERS, number.expand(len(mask), -1))
+    add_note(mask, None if number is None else number.expand(len(mask), -1))
     return mask
 
 

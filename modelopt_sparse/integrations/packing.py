@@ -12,14 +12,14 @@ from modelopt_sparse.kernels.types import ScoreGrid, Seqs
 
 from .capture import is_capturing
 from .layout import (
-    PACKED_NUMBERS,
-    READINGS,
     Layout,
+    add_note,
     end_to_end,
     from_intervals,
     from_packed_intervals,
     from_packed_visible,
     from_visible,
+    note_of,
     whole_items,
 )
 
@@ -171,8 +171,10 @@ def _reading(
     """
     mask, kept, name = visibility.attention_mask, None, None
     if mask is not None and visibility.cu_seq_lens_q is None and not torch.compiler.is_compiling():
-        is_interval = mask.dtype == torch.int32
-        kept = mask.__dict__.setdefault(READINGS, {}) if is_interval else vars(mask).get(READINGS)
+        note = note_of(mask)
+        if note is None and mask.dtype == torch.int32:
+            note = add_note(mask)
+        kept = None if note is None else note.readings
     if kept is not None:
         name = (shape, visibility.causal, item_step, is_capturing(device))
         found: _Reading | None = kept.get(name)
@@ -203,9 +205,9 @@ def _layout(
     if mask is None:
         return whole_items(batch, n_q, n_kv, device)
     if visible is not None:
-        numbers: Tensor | None = getattr(mask, PACKED_NUMBERS, None)
-        if numbers is not None:
-            return from_packed_visible(numbers)
+        note = note_of(mask)
+        if note is not None and note.packed_numbers is not None:
+            return from_packed_visible(note.packed_numbers)
         return from_visible(visible.expand(batch, -1, -1, -1), causal)
 
     rows = _interval_rows(mask, shape)

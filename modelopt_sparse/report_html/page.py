@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 from torch import nn
 
 from modelopt_sparse.calibration.check_results import CalibrationCheck
-from modelopt_sparse.faithfulness.results import Comparison
+from modelopt_sparse.faithfulness.results import Comparison, PhaseComparison
 from modelopt_sparse.module_state import module_states
 from modelopt_sparse.version import __version__
 
@@ -22,15 +22,13 @@ from .style import STYLE
 if TYPE_CHECKING:
     from modelopt_sparse.bench.run import Row
 
-Stats = Mapping[str, Mapping[str, Any]]
-
 
 def html_report(
     model: nn.Module,
     name: str,
     comparison: Comparison,
-    stats: Stats,
     *,
+    decoded: Comparison | None = None,
     check: CalibrationCheck | None = None,
     bench: tuple[Mapping[str, Any], Sequence[Row]] | None = None,
 ) -> str:
@@ -40,7 +38,7 @@ def html_report(
         model: as it was when the rest was measured.
         name: what to call it.
         comparison: from `modelopt_sparse.compare`.
-        stats: from `modelopt_sparse.get_stats`.
+        decoded: the same with ``num_decode_tokens``; without it nothing is shown of decode.
         check: from `modelopt_sparse.check_calibration`, of a calibrated model.
         bench: from `modelopt_sparse.bench.report.load`.
     """
@@ -57,8 +55,9 @@ def html_report(
         el("p", said),
         el("h2", "Quality"),
         *quality(comparison),
+        *([] if decoded is None else [el("h3", "Of tokens that are decoded"), *quality(decoded)]),
         el("h2", "By layer and head"),
-        el("div", *_heat_maps(comparison, stats), class_="maps"),
+        el("div", *_heat_maps(comparison, decoded), class_="maps"),
         *calibration(model, check),
         *([] if bench is None else speed(*bench)),
         el("h2", "Configuration"),
@@ -67,20 +66,27 @@ def html_report(
     )
 
 
-def _heat_maps(comparison: Comparison, stats: Stats) -> list[Element]:
+def _heat_maps(comparison: Comparison, decoded: Comparison | None) -> list[Element]:
     """Tiles skipped, and errors, by phase; the same shade is the same share in both phases."""
-    skipped, errors = {}, {}
-    for phase in ("prefill", "decode"):
-        skipped[f"Tiles skipped in {phase}"] = {
-            name: [s / max(v, 1) for s, v in zip(own["skipped"], own["visible"], strict=True)]
-            for name, entry in stats.items()
-            if (own := entry[phase]) is not None
+    in_decode = {} if decoded is None else decoded.modules
+    phases: dict[str, dict[str, PhaseComparison | None]] = {
+        "prefill": {name: module.prefill for name, module in comparison.modules.items()},
+        "decode": {name: module.decode for name, module in in_decode.items()},
+    }
+    skipped = {
+        f"Tiles skipped in {phase}": {
+            name: found.sparsity.heads
+            for name, found in modules.items()
+            if found is not None and found.sparsity is not None
         }
-        errors[f"Error of the attention output in {phase}"] = {
-            name: own.relative_error.heads
-            for name, module in comparison.modules.items()
-            if (own := getattr(module, phase)) is not None
+        for phase, modules in phases.items()
+    }
+    errors = {
+        f"Error of the attention output in {phase}": {
+            name: found.relative_error.heads for name, found in modules.items() if found is not None
         }
+        for phase, modules in phases.items()
+    }
     return [
         heat_map(title, shares, unit, _largest(maps))
         for maps, unit in ((skipped, "of visible tiles"), (errors, "of the dense output's norm"))

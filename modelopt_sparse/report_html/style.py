@@ -12,9 +12,10 @@ STYLE = """
 }
 body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page) }
 main { max-width: 60rem; margin: 0 auto; padding: 2rem clamp(1rem, 4vw, 2rem) }
-h1, h2, p, figcaption { overflow-wrap: anywhere }
+h1, h2, h3, p, figcaption { overflow-wrap: anywhere }
 h1 { font-size: clamp(1.4rem, 5vw, 2rem); line-height: 1.2; margin: 0 0 .5rem }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 1rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line) }
+h3 { font-size: 1rem; margin: 2rem 0 1rem }
 p { max-width: 46rem; text-wrap: pretty }
 .note, .legend, footer { color: var(--muted); font-size: .875rem }
 .wide { overflow-x: auto }

@@ -23,7 +23,7 @@ from modelopt_sparse.bench import (
 from modelopt_sparse.bench import cases as bench_cases
 from modelopt_sparse.bench.__main__ import main
 from modelopt_sparse.bench.captured import Source, capture, captured_cases
-from modelopt_sparse.bench.cases import Check, Setting, smoke_cases, standard_cases
+from modelopt_sparse.bench.case import OWN_DENSE, Check, Setting
 from modelopt_sparse.bench.checks import forward_error
 from modelopt_sparse.bench.decode_step import small_step_cases, step_cases
 from modelopt_sparse.bench.inputs import (
@@ -36,6 +36,7 @@ from modelopt_sparse.bench.inputs import (
     plain,
 )
 from modelopt_sparse.bench.serving import caches, serving_cases, small_serving_cases
+from modelopt_sparse.bench.suites import smoke_cases, standard_cases
 from modelopt_sparse.bench.timing import FULL, QUICK, Effort, Times, rounds_of, times_in_turn
 from modelopt_sparse.bench.whole_model import small_whole_model_cases, whole_model_cases
 from modelopt_sparse.errors import ArgumentError
@@ -237,7 +238,7 @@ def test_a_step_takes_the_same_token_each_time():
 def test_a_model_attends_to_topics_and_skips_the_others(case, monkeypatch):
     rows = measure(case, SMALL, BRIEF)
     peers = [(row.peer, row.is_rival) for row in rows]
-    assert peers == [(decode_step.TRANSFORMERS, True), (bench_cases.OWN_DENSE, False)]
+    assert peers == [(decode_step.TRANSFORMERS, True), (OWN_DENSE, False)]
     for row in rows:
         assert row.ratio > 0 and row.error < 1e-3 and 0.3 < row.sparsity <= 0.5
 

@@ -17,7 +17,7 @@ from modelopt_sparse.bench import __main__ as bench_main
 from modelopt_sparse.bench import report, tables
 from modelopt_sparse.bench.baselines import COPY, PRODUCT
 from modelopt_sparse.bench.break_even import Advice, advice, break_evens
-from modelopt_sparse.bench.cases import OWN_DENSE
+from modelopt_sparse.bench.case import OWN_DENSE
 from modelopt_sparse.bench.plots import roofline_shares, save_plots
 from modelopt_sparse.bench.run import Row, fastest_rivals
 from modelopt_sparse.bench.timing import Times

@@ -32,6 +32,7 @@ from tests.cpu.bundled import (
     shares,
     source,
 )
+from tests.cpu.tiny import tiny_llama
 
 SMALL = {"samples": 2, "max_seqlen": 1024, "num_decode_tokens": 3}
 
@@ -353,6 +354,10 @@ def test_what_is_not_taken_says_so(model, calibrated):
         mtsa.calibrate(model, SMALL, 3)
     with pytest.raises(ArgumentTypeError, match="a batch to calibrate with"):
         mtsa.calibrate(model, SMALL, ["text"])
+    with pytest.raises(ArgumentTypeError, match="not empty"):
+        mtsa.calibrate(model, SMALL, [torch.zeros(1, 0, dtype=torch.int64)])
+    with pytest.raises(ConfigError, match=r"chunk_size: got 256; takes None where a function"):
+        mtsa.calibrate(model, {"chunk_size": 256}, lambda m: m(source(600)))
     with pytest.raises(ConfigError, match="got no tokens in prefill"):
         mtsa.calibrate(model, SMALL, lambda m: None)
     with pytest.raises(ConfigError, match=r"config\.calibration: got None"):
@@ -408,6 +413,13 @@ def test_prompts_of_a_file_are_its_text_without_a_byte_order_mark(tmp_path):
         ConfigError, match=r"text_files: got '.*text\.txt', whose bytes aren't UTF-8"
     ):
         made(text.encode("latin-1"))
+
+
+def test_tokens_that_the_model_does_not_know_are_refused():
+    config = {"samples": 1, "max_seqlen": 1024, "tokenizer": str(MODEL)}
+    model = mtsa.sparsify(tiny_llama(), mtsa.SKIP_SOFTMAX_TRITON_DEFAULT)
+    with pytest.raises(ConfigError, match=r"tokenizer: got token \d+; takes one for this model"):
+        mtsa.calibrate(model, config)
 
 
 def test_prompts_have_the_lengths_asked_for_and_end_with_their_question():

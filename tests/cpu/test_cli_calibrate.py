@@ -74,7 +74,7 @@ def test_what_calibrate_writes_is_what_calibrate_in_python_does(calibrated, dens
     mtsa.calibrate(model, aim)
     wanted = [module.method.config for _, module in sparse_modules(model)]
     assert thresholds(out) == wanted
-    assert document["check"] == mtsa.check_calibration(model, None, aim).to_dict()["rows"]
+    assert document["check"] == mtsa.check_calibration(model, None, aim).to_dict()
     assert document["has_tokenizer"] and (out / "tokenizer.json").is_file()
 
 
@@ -84,7 +84,8 @@ def test_it_says_what_was_fitted_and_what_is_achieved_on_other_prompts(calibrate
     assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
     assert len(prefill["modules"]) == LAYERS and prefill["lengths"] == [512, 1024]
     assert prefill["formula"]["a"] > 0 and 0 <= prefill["formula"]["worst_error"] < 100
-    for row in document["check"]:
+    assert document["check"]["bounded"] is None
+    for row in document["check"]["rows"]:
         assert row["length"] == 1024 and row["target"] == pytest.approx(0.25)
         assert row["achieved"] == pytest.approx(0.25, abs=0.05)
 
@@ -102,7 +103,8 @@ def test_a_sparse_checkpoint_is_calibrated_anew_by_options(calibrated, tmp_path)
     done = run("calibrate", calibrated[0], "--output", tmp_path / "new", *options, *QUICK)
     assert done.exit_code == 0, done.output
     assert "the formula" in done.stdout and "model.layers.2.self_attn" in done.stdout
-    assert "achieved" not in done.stdout and "Saved. Load with" in done.stdout
+    assert "hecked" not in done.stdout and "achieved" not in done.stdout
+    assert "Saved. Load with" in done.stdout
     found = thresholds(tmp_path / "new")
     decode = [config.skip_softmax_decode_threshold for config in found]
     assert len(set(decode)) == LAYERS and {(x.table, x.target_sparsity) for x in decode} == {
@@ -128,7 +130,9 @@ def test_a_files_calibration_counts_where_no_option_is_given(dense, tmp_path, mo
     aim = document["calibration"]
     assert aim["target_sparse_ratio"] == {"prefill": 0.2} and aim["samples"] == 2
     assert aim["text_files"] == [str(tmp_path / "text.txt")]
-    assert [(row["phase"], row["length"]) for row in document["check"]] == [("prefill", 1024)]
+    assert [(row["phase"], row["length"]) for row in document["check"]["rows"]] == [
+        ("prefill", 1024)
+    ]
     assert list(document["modules"]) == ["model.layers.0.self_attn"]
 
 
@@ -155,7 +159,8 @@ def test_a_bound_in_place_of_a_share_takes_the_place_of_that_in_the_file(dense, 
     aim = document["calibration"]
     assert aim["target_sparse_ratio"] is None
     assert aim["target_dropped_mass"] == {"prefill": 0.01, "decode": 0.01}
-    for row in document["check"]:
+    assert document["check"]["bounded"] == "mean dropped mass"
+    for row in document["check"]["rows"]:
         assert row["bound"] == 0.01 and 0 < row["cost"] < 0.03
     assert "mean dropped mass: at most" in done.stderr
     # What keeps to the bound is dense: there is nothing to check.
@@ -163,6 +168,7 @@ def test_a_bound_in_place_of_a_share_takes_the_place_of_that_in_the_file(dense, 
     done = run("calibrate", dense, "--output", tmp_path / "none", *options, *none, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["check"] is None
+    assert "Not checked: all targets are 0" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["sparsify", "eval", "quickstart"])
@@ -251,6 +257,18 @@ def test_eval_of_a_dense_checkpoint_on_made_up_prompts(dense):
     assert done.exit_code == 0, done.output
     assert "598 tokens of 2 sequences" in done.stdout and "bits per token" in done.stdout
     assert "model.layers.2.self_attn" in done.stdout
+
+
+def test_eval_of_tokens_that_are_decoded(dense, tmp_path):
+    rule = {"method": "triton_skip_softmax", "skip_softmax_decode_threshold": 0.1}
+    (tmp_path / "rules.json").write_text(json.dumps({"sparse_cfg": {"*": rule}}))
+    options = "--config", tmp_path / "rules.json", "--length", 300, "--samples", 1
+    done = run("eval", dense, *options, "--decode-tokens", 4, "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["tokens"] == 3
+    assert all(found["decode"]["rows"] == 4 for found in document["modules"].values())
+    assert failed(run("eval", dense, *options, "--decode-tokens", 1), 2, "num_decode_tokens: got 1")
 
 
 def test_what_eval_does_not_take(dense, tmp_path):

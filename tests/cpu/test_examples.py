@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import modelopt_sparse as mtsa
+from tests.thinned import thinned
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples/tiny_lm/model"
@@ -52,7 +53,7 @@ def test_the_quickstart_refuses_an_unknown_preset(tmp_path):
     assert done.returncode == 2 and "no_such" in done.stderr
 
 
-@pytest.mark.parametrize("preset", ["skip_softmax", "sparse_softmax", "flash_skip_softmax"])
+@thinned(3, preset=["skip_softmax", "sparse_softmax", "flash_skip_softmax"])
 def test_a_checkpoint_is_compared_and_exported(preset, tmp_path):
     done = run(
         *(ROOT / "examples/hf_sa.py", "--pyt_ckpt_path", MODEL, "--sparse_attn", preset),

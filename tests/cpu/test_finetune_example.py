@@ -35,6 +35,7 @@ def done(tmp_path_factory) -> tuple[str, dict]:
     return process.stdout, json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_three_models_are_scored_at_equal_sparsity(done):
     printed, results = done
     for words in ("as shipped", "trained sparse", "trained dense", "Skipped in training"):

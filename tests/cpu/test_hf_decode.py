@@ -24,6 +24,7 @@ from modelopt_sparse.integrations import hf, masks, module_call, packing
 from modelopt_sparse.integrations.hf import ATTENTION_NAME
 from modelopt_sparse.kernels import AttentionOutput, Seqs, attention_triton, forward
 from tests.cpu.tiny import LENGTH, config_of, prompt, skipped, tiny_config, tiny_llama
+from tests.thinned import thinned
 
 hf.register()
 TOKENS, CAPACITY, WINDOW = 4, 24, 192
@@ -97,12 +98,11 @@ def generated(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, t
     return out.sequences, torch.stack(out.logits)
 
 
-@pytest.mark.parametrize(("batch", "padding"), [(1, 0), (2, 0), (2, 3)])
-@pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@thinned(2, family=["llama", "mistral", "gemma2"], kind=CACHES, shape=[(1, 0), (2, 0), (2, 3)])
 def test_decode_runs_its_kernel_on_the_cache_itself(
-    family: str, kind: str, batch: int, padding: int, monkeypatch: pytest.MonkeyPatch
+    family: str, kind: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    batch, padding = shape
     ids = torch.randint(3, 99, (batch, 9), generator=torch.Generator().manual_seed(4))
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
@@ -163,8 +163,7 @@ def decoded(model: PreTrainedModel, unused: float, tokens: int = 3) -> Tensor:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("is_sliding", [False, True], ids=["full", "sliding"])
+@thinned(2, is_sliding={"full": False, "sliding": True}, is_sparse={"dense": False, "sparse": True})
 def test_what_unused_slots_of_a_static_cache_hold_changes_no_bit(
     is_sliding: bool, is_sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

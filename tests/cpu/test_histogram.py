@@ -19,6 +19,7 @@ from modelopt_sparse.kernels.device.bins import BINS, BINS_PER_OCTAVE
 from modelopt_sparse.kernels.types import TileCounts
 from modelopt_sparse.stats import PhaseStats
 from tests.inputs import features, needs_interpreter, topical
+from tests.thinned import thinned
 
 EDGES = (0, 1, 2, 7, 8, 17, 40, 90)
 AT_EDGES = tuple(2.0 ** (-edge / BINS_PER_OCTAVE) for edge in EDGES)
@@ -45,7 +46,7 @@ def check_edges(counts: TileCounts) -> None:
     assert counts.visible.sum() > fallen[0] > fallen[-1]
 
 
-@pytest.mark.parametrize("names", ["", "full", "wide_window sinks", "tile_mask", "bias softcap"])
+@thinned(2, names=["", "full", "wide_window sinks", "tile_mask", "bias softcap"])
 @pytest.mark.parametrize("attend", ENTRIES)
 def test_prefill(attend, names):
     inputs = topical([23, 0, 37], [75, 9, 100], strength=9.0, **SMALL)

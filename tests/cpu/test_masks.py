@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from transformers import masking_utils as mu
 
 from modelopt_sparse.integrations import runs
+from modelopt_sparse.integrations.layout import note_of
 from modelopt_sparse.integrations.masks import interval_mask
 
 LLAMA = SimpleNamespace(model_type="llama")
@@ -155,6 +158,17 @@ def test_packed_sequences_restart_positions_and_are_numbered() -> None:
     assert mask[:, 0, :, 2].tolist() == [[0, 1, 0, 0, 1, 2], [0, 1, 2, 3, 4, 0]]
     assert mask[:, 0, :, 3].tolist() == [[0, 0, 2, 3, 3, 3], [0] * 5 + [5]]
     assert mask[:, 0, :, 4].tolist() == [[0, 0, 1, 2, 2, 2], [0] * 5 + [1]]
+
+
+def test_copies_of_a_dense_mask_keep_the_numbers_of_packed_sequences() -> None:
+    function = packed(mu.causal_mask_function, (2, 1, 3), (5, 1))
+    mask = interval_mask(**causal(6, 6, mask_function=function, config=None))
+    assert mask is not None and mask.dtype == torch.bool
+    for copied in (mask, copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        note = note_of(copied)
+        assert note is not None and note.packed_numbers is not None
+        assert note.packed_numbers.tolist() == [[0, 0, 1, 2, 2, 2], [0, 0, 0, 0, 0, 1]]
+    assert note_of(mask.clone()) is None
 
 
 def test_a_hole_in_the_padding_mask_stays_a_hole() -> None:

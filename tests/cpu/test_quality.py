@@ -9,25 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import modelopt_sparse as mtsa
 from examples.quality import __main__ as command
-from examples.quality import measure, plots, tables
+from examples.quality import measure, merge, plots, tables
 from examples.quality.cells import TEXT, Cell, added, load, save
-from examples.quality.measure import measured
+from examples.quality.measure import Run, measured
 from examples.quality.variants import GROUPS, Variant
 from examples.tiny_lm import tasks
 from examples.tiny_lm.evaluate import text_windows
+from modelopt_sparse.errors import ArgumentError
 from modelopt_sparse.module_state import sparse_modules
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/quality.md"
 RESULTS = ROOT / "docs/quality/h200.json"
-CELL = Cell(
-    "presets", "a", "needle", 64, 10, dense=9, sparse=8, lost=2, gained=1, visible=8, skipped=2
-)
+DECODED = ROOT / "docs/quality/h200-decode.json"
+COUNTS = {"dense": 9, "sparse": 8, "lost": 2, "gained": 1, "visible": 8, "skipped": 2}
+CELL = Cell("presets", "a", "needle", 64, 10, (0,), **COUNTS)
+OTHER = replace(CELL, seeds=(1,), sparse=9, lost=1)
+WHERE = {"device": "a GPU", "torch": "2", "commit": "c0ffee"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def of_group(group: str, *names: str) -> list[Variant]:
 def test_chance_costs_more_than_the_oracle_and_the_model_is_dense_again(model):
     text = Path(command.__file__).read_bytes()
     variants = of_group("selectors", "skip-softmax", "oracle", "random")
-    found = measured(model, "selectors", variants, TEXT, 700, 1, 0, text)
+    found = measured(model, Run("selectors", TEXT, 700, 1), variants, text)
     bits = {cell.variant: cell for cell in found}
     worse = {name: cell.more_bits for name, cell in bits.items()}
     assert worse["random"] > 10 * max(abs(worse["skip-softmax"]), abs(worse["oracle"])), worse
@@ -57,7 +61,9 @@ def test_answers_are_counted_in_pairs(model, monkeypatch):
     )
     text = Path(command.__file__).read_bytes()
     variants = of_group("selectors", "skip-softmax")
-    (cell,) = measured(model, "selectors", variants, "needle", 300, 4, 0, text)
+    (cell,) = measured(model, Run("selectors", "needle", 300, 4, seed=3), variants, text)
+    assert cell.place == ("selectors", "skip-softmax", "needle", 300)
+    assert (cell.samples, cell.seeds) == (4, (3,))
     assert (cell.dense, cell.sparse, cell.lost, cell.gained) == (3, 2, 2, 1)
 
 
@@ -76,14 +82,14 @@ def test_dense_answers_of_the_bundled_model_are_right(model, logits_of):
 
 def test_every_setting_is_in_force_and_another_one(model):
     text = Path(command.__file__).read_bytes()
-    found = list(measured(model, "settings", GROUPS["settings"], TEXT, 520, 1, 0, text))
+    found = list(measured(model, Run("settings", TEXT, 520, 1), GROUPS["settings"], text))
     assert len({(cell.sparse_bits, cell.skipped) for cell in found}) == len(found)
 
 
 def test_what_is_decoded_skips_in_decode_alone(model):
     text = Path(command.__file__).read_bytes()
     variants = of_group("decode", "tiles of 16")
-    (cell,) = measured(model, "decode", variants, TEXT, 400, 1, 0, text)
+    (cell,) = measured(model, Run("decode", TEXT, 400, 1), variants, text)
     assert 0 < cell.skipped < cell.visible and cell.more_bits != 0
     # 8 layers, 6 heads, 64 steps that see 336 to 399 keys, in tiles of 16.
     assert cell.visible == 8 * 6 * sum(-(-keys // 16) for keys in range(336, 400))
@@ -95,18 +101,25 @@ def test_what_is_decoded_skips_in_decode_alone(model):
 
 
 def test_cells_of_one_place_add_up():
-    (both,) = added([CELL, replace(CELL, sparse=9, lost=1, gained=1)])
+    (both,) = added([CELL, OTHER])
+    assert both.seeds == (0, 1)
     assert (both.samples, both.dense, both.sparse, both.lost, both.gained) == (20, 18, 17, 3, 2)
     assert both.sparsity == 0.25 and both.drop == pytest.approx(0.05)
     low, high = both.drop_interval
     assert low < 0.05 < high
     assert both.sparse_interval[0] < 17 / 20 < both.sparse_interval[1]
-    with pytest.raises(ValueError, match="needle"):
+    with pytest.raises(ArgumentError, match="needle"):
         CELL + replace(CELL, task=TEXT)
 
 
+def test_samples_of_one_seed_are_not_added_twice():
+    for other in (CELL, replace(OTHER, seeds=(2, 0))):
+        with pytest.raises(ArgumentError, match="seed 0"):
+            added([CELL, other])
+
+
 def test_a_file_gives_its_cells_back(tmp_path):
-    text = Cell("presets", "a", TEXT, 64, 2, dense_bits=(1.0, 2.0), sparse_bits=(1.5, 2.5))
+    text = Cell("presets", "a", TEXT, 64, 2, (0,), dense_bits=(1.0, 2.0), sparse_bits=(1.5, 2.5))
     save(tmp_path / "cells.json", {"device": "a GPU"}, [CELL, text])
     assert load(tmp_path / "cells.json") == ({"device": "a GPU"}, [CELL, text])
     assert text.more_bits == 0.5 and text.more_bits_interval == (0.5, 0.5)
@@ -123,7 +136,7 @@ def test_the_command_measures_adds_up_and_draws(tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
         assert "bits per byte" in done.output
     both = tmp_path / "both.json"
-    done = CliRunner().invoke(app(tables.main), [*map(str, files), f"--json={both}"])
+    done = CliRunner().invoke(app(merge.main), [*map(str, files), f"--json={both}"])
     assert done.exit_code == 0, done.output
     (cell,) = load(both)[1]
     assert cell.samples == 4 and len(set(cell.dense_bits)) == 4
@@ -132,10 +145,113 @@ def test_the_command_measures_adds_up_and_draws(tmp_path, monkeypatch):
     assert done.exit_code == 0 and picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_refuses_what_it_does_not_know():
-    arguments = ["--group", "presets", "--task", "riddles", "--length", "400"]
-    done = CliRunner().invoke(app(command.main), arguments)
-    assert done.exit_code == 2 and "riddles" in done.output and "needle" in done.output
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--group=presets", "--task=riddles"], ["riddles", "needle"]),
+        (["--group=fashions", "--task=text"], ["fashions", "decode"]),
+        (["--group=decode", "--task=text", "--variant=scarf"], ["scarf", "alone"]),
+        (["--group=decode", "--task=text", "--samples=0"], ["--samples"]),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(arguments, said):
+    done = CliRunner().invoke(app(command.main), [*arguments, "--length=400"])
+    assert done.exit_code == 2 and all(word in done.output for word in said), done.output
+
+
+def test_the_command_measures_the_variants_that_are_named(tmp_path):
+    file = tmp_path / "cells.json"
+    names = [f"--variant={name}" for name in ("left to right", "lambda 0.9")]
+    arguments = ["--group=orders", "--group=settings", f"--task={TEXT}", "--length=300", *names]
+    done = CliRunner().invoke(app(command.main), [*arguments, "--samples=1", f"--json={file}"])
+    assert done.exit_code == 0, done.output
+    found = [(cell.group, cell.variant) for cell in load(file)[1]]
+    assert found == [("orders", "left to right"), ("settings", "lambda 0.9")]
+
+
+def saved(folder: Path, *parts: tuple[dict[str, str], list[Cell]]) -> list[str]:
+    """A file for each part."""
+    for index, (where, cells) in enumerate(parts):
+        save(folder / f"{index}.json", where, cells)
+    return [str(folder / f"{index}.json") for index in range(len(parts))]
+
+
+def test_files_of_other_commits_add_up_and_all_are_named(tmp_path):
+    later = replace(CELL, variant="b")
+    commits = ("c0ffee", "f00d", "f00d, c0ffee")
+    wheres = [{**WHERE, "commit": commit} for commit in commits]
+    files = saved(tmp_path, *zip(wheres, ([CELL], [OTHER], [later]), strict=True))
+    # The file that is written may be one of those read.
+    done = CliRunner().invoke(app(merge.main), [*files, f"--json={files[0]}"])
+    assert done.exit_code == 0 and "20 samples" in done.output, done.output
+    assert load(Path(files[0])) == ({**WHERE, "commit": "c0ffee, f00d"}, [CELL + OTHER, later])
+
+
+@pytest.mark.parametrize(
+    "where, cell, said",
+    [
+        ({**WHERE, "torch": "3"}, OTHER, "torch: got 2 in"),
+        ({**WHERE, "dtype": "half"}, OTHER, "dtype: got None in"),
+        (WHERE, CELL, "seed 0"),
+    ],
+)
+def test_files_that_do_not_add_up_are_refused_and_nothing_is_written(tmp_path, where, cell, said):
+    files = saved(tmp_path, (WHERE, [CELL]), (where, [cell]))
+    both = tmp_path / "both.json"
+    done = CliRunner().invoke(app(merge.main), [*files, f"--json={both}"])
+    assert done.exit_code == 2 and said in done.output and not both.exists(), done.output
+
+
+def rows_of(cells: list[Cell], group: str) -> list[dict[str, str]]:
+    """A group's table, by heads."""
+    heads, _, *rows = (
+        [part.strip() for part in line.strip("|").split("|")]
+        for line in tables.group_table(cells, group).splitlines()
+    )
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def test_rows_of_a_length_are_over_the_same_samples():
+    """Of the tasks, only needle was given the same samples in both variants."""
+    first = replace(CELL, variant="skip_softmax")
+    text = replace(first, task=TEXT, dense_bits=(1.0,) * 10, sparse_bits=(1.0,) * 10)
+    second = replace(first, variant="sparse_softmax")
+    worse = {"sparse": 0, "lost": 9, "gained": 0}
+    unlike = [
+        replace(first, task="multi_value", **worse),
+        replace(first, task="multi_query", samples=20, **worse),
+        replace(second, task="multi_query", **worse),
+        replace(first, task="common_words", seeds=(1,), **worse),
+        replace(second, task="common_words", **worse),
+    ]
+    other_length = [replace(first, length=128), replace(unlike[0], length=128)]
+    # A variant that was run on text alone takes no task from the others.
+    alone = replace(text, variant="skip_softmax_calib")
+    cells = [text, first, second, *unlike, alone, *other_length]
+    one, two, three, longer = rows_of(cells, "presets")
+    for row in (one, two):
+        assert row["of"] == "10 of 1 task" and row["worst task"].startswith("needle -10.0 ")
+        assert row["all tasks"].startswith("-10.0 ") and row["in tasks"] == "25.0%"
+    assert (three["of"], three["all tasks"], three["in tasks"]) == ("", "", "")
+    assert [row["windows"] for row in (one, two, three, longer)] == ["10", "", "10", ""]
+    assert longer["of"] == "20 of 2 tasks" and longer["worst task"].startswith("multi_value")
+
+
+def test_the_picture_is_of_prefill(tmp_path):
+    """Decode has lambdas too, which aren't points of the line."""
+
+    def drawn(cells: list[Cell]) -> tuple[str, list[tuple]]:
+        axes = Figure().subplots()
+        plots.draw(axes, cells, 4096)
+        return axes.get_title(), [(text.get_text(), text.xy) for text in axes.texts]
+
+    cells, decoded = load(RESULTS)[1], [replace(cell, samples=9) for cell in load(DECODED)[1]]
+    title, line = drawn(cells)
+    assert "32 or 64 windows" in title
+    assert [label for label, _ in line] == ["0.001", "0.01", "0.03", "0.1", "0.3", "0.5", "0.9"]
+    assert drawn([*decoded, *cells]) == (title, line)
+    done = CliRunner().invoke(app(plots.main), [str(DECODED), str(tmp_path / "cost.png")])
+    assert done.exit_code == 2 and "skip-softmax" in done.output
 
 
 def test_figures_of_the_page_are_those_of_the_committed_files():
@@ -159,6 +275,15 @@ def test_what_is_said_of_the_default_holds_in_the_committed_file():
     others = [cell for cell in own if cell.task != TEXT]
     assert text.sparsity >= 0.5 and text.more_bits_interval[1] <= 0.003
     assert len(others) == 7 and all(cell.samples == 500 and cell.drop <= 0.01 for cell in others)
+
+
+def test_what_is_said_of_decode_holds_in_the_committed_file():
+    """Within 0.003 bits at lambda 0.01 and not at 0.1, where the answers are still the same."""
+    cells = [cell for cell in load(DECODED)[1] if cell.variant.startswith("lambda ")]
+    bits = {cell.variant: cell.more_bits for cell in cells if cell.task == TEXT}
+    assert bits["lambda 0.01"] <= 0.003 < bits["lambda 0.1"]
+    low = [cell for cell in cells if cell.task != TEXT and float(cell.variant.split()[1]) <= 0.1]
+    assert low and not any(cell.lost or cell.gained for cell in low)
 
 
 def app(main):

@@ -7,7 +7,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 import modelopt_sparse as mtsa
@@ -67,15 +66,14 @@ def checked(text):
 
 
 def measured():
-    """A calibrated model, and what the report is made of: its comparison, statistics and check."""
+    """A calibrated model, and what the report is made of: its comparisons and check."""
     model = mtsa.sparsify(dense_model(), mtsa.SKIP_SOFTMAX_TRITON_DEFAULT)
     data = [source(1024), source(700, 40_000)]
     mtsa.calibrate(model, {"target_sparse_ratio": 0.25, "num_decode_tokens": 2}, data)
     found = mtsa.compare(model, data)
-    mtsa.reset_stats(model)
-    model.generate(data[1], attention_mask=torch.ones_like(data[1]), max_new_tokens=3)
+    decoded = mtsa.compare(model, data, num_decode_tokens=3)
     check = mtsa.check_calibration(model, data, {"num_decode_tokens": 2})
-    return model, found, mtsa.get_stats(model), check
+    return model, found, decoded, check
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +82,16 @@ def parts():
 
 
 def test_every_head_has_its_shade_and_its_number(parts):
-    model, found, stats, check = parts
-    page = checked(html_report(model, NAME, found, stats, check=check))
-    # Tiles in two phases, and the error in prefill, the only phase that is compared.
-    assert page.count("rect") == 3 * LAYERS * HEADS
+    model, found, decoded, check = parts
+    page = checked(html_report(model, NAME, found, decoded=decoded, check=check))
+    # Tiles and errors, in two phases.
+    assert page.count("rect") == 4 * LAYERS * HEADS
     shades = {attributes["fill-opacity"] for tag, attributes in page.elements if tag == "rect"}
     assert {"0", "1"} <= {f"{float(shade):g}" for shade in shades} and len(shades) > 10
     title = page.said("title")
-    entry = stats["model.layers.1.self_attn"]["decode"]
-    share = entry["skipped"][2] / entry["visible"][2]
-    assert f"model.layers.1.self_attn, head 2: {share:.2%}" in title
+    in_decode = decoded.modules["model.layers.1.self_attn"].decode
+    assert f"model.layers.1.self_attn, head 2: {in_decode.sparsity.heads[2]:.2%}" in title
+    assert f"model.layers.1.self_attn, head 2: {in_decode.relative_error.heads[2]:.2%}" in title
     error = found.modules["model.layers.2.self_attn"].prefill.relative_error.heads[5]
     assert f"model.layers.2.self_attn, head 5: {error:.2%}" in title
 
@@ -110,8 +108,8 @@ def test_rows_are_layers_where_names_number_them_and_nothing_is_said_of_no_scale
 
 
 def test_curves_and_tables_say_what_was_measured(parts):
-    model, found, stats, check = parts
-    page = checked(html_report(model, NAME, found, stats, check=check))
+    model, found, decoded, check = parts
+    page = checked(html_report(model, NAME, found, decoded=decoded, check=check))
     own = methods(model)[0]
     tables = own.skip_softmax_threshold.table, own.skip_softmax_decode_threshold.table
     measured = [{*each.lengths, 700, 1024} for each in tables]
@@ -138,9 +136,9 @@ def test_a_curve_is_the_lambda_that_runs(parts):
 
 
 def test_whatever_is_said_is_escaped(parts):
-    model, found, stats, _ = parts
+    model, found, _, _ = parts
     row = Row("skip", NAME, NAME, ratio=1.5, note=NAME)
-    page = checked(html_report(model, NAME, found, stats, bench=({"device": NAME}, [row])))
+    page = checked(html_report(model, NAME, found, bench=({"device": NAME}, [row])))
     assert page.said("h1") == [f"Sparse attention: {NAME}"]
     assert page.said("td")[-1] == NAME and "1.50" in page.said("td")
     assert "Speed" in page.said("h2")
@@ -160,9 +158,12 @@ def _text(element):
 def test_a_model_that_is_not_calibrated_has_a_page_too(config):
     model = mtsa.sparsify(tiny_llama(), config)
     found = mtsa.compare(model, [prompt()])
-    page = checked(html_report(model, "tiny", found, mtsa.get_stats(model)))
+    page = checked(html_report(model, "tiny", found))
+    assert page.said("h3") == []
     assert "Calibration" not in page.said("h2")
-    assert page.count("svg") == 1  # compare leaves no statistics: the error alone
+    assert page.count("svg") == (
+        1 if config is NM else 2
+    )  # errors, and the tiles that were counted
     assert ("no tiles were counted" in page.said("p")[0]) == (config is NM)
 
 
@@ -184,12 +185,13 @@ def test_the_command_writes_the_page(checkpoint, tmp_path):
     done = run("report", checkpoint, "--output", out, *options)
     assert done.exit_code == 0, done.output
     page = checked(out.read_text())
-    assert page.count("rect") == 3 * LAYERS * HEADS and "skip50-16k" in page.said("th")
+    assert page.count("rect") == 4 * LAYERS * HEADS and "skip50-16k" in page.said("th")
     document = json.loads(done.stdout)
-    assert [(row["phase"], row["length"]) for row in document["check"]] == [
+    assert [(row["phase"], row["length"]) for row in document["check"]["rows"]] == [
         (phase, length) for phase in ("prefill", "decode") for length in (600, 1200)
     ]
-    assert document["comparison"]["tokens"] == 1199
+    assert document["comparison"]["tokens"] == 1199 and document["decoded"]["tokens"] == 15
+    assert "Of tokens that are decoded" in page.said("h3")
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
     out.write_text("mine")
     assert failed(run("report", checkpoint, "--output", out), 2, "--force")

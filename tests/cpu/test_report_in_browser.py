@@ -71,13 +71,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report(browser, tmp_path_factory):
-    model, found, stats, check = measured()
+    model, found, decoded, check = measured()
     note = "by its own rule, its result was not checked"
     rows = [Row("skip", "skip-hot-rows-16k", "flash-sparse-attn", 0.98, note=note)] * 3
     name = "a-folder-without-spaces/" * 5
     bench = {"device": "a GPU", "commit": "0123456789abcdef" * 5}, rows
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(html_report(model, name, found, stats, check=check, bench=bench))
+    path.write_text(html_report(model, name, found, decoded=decoded, check=check, bench=bench))
     return path
 
 
@@ -117,7 +117,7 @@ def test_it_asks_for_nothing_and_complains_of_nothing(page, report):
 
 def test_everything_is_there_to_be_seen(page):
     for selector, least in {
-        "h1, h2, figcaption, .legend, pre": (50, 12),
+        "h1, h2, h3, figcaption, .legend, pre": (50, 12),
         "table": (200, 60),
         ".maps svg": (150, 100),
         ".curves svg": (300, 150),
@@ -139,7 +139,7 @@ def test_everything_is_there_to_be_seen(page):
 def test_the_page_does_not_scroll_sideways(page):
     width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    for element in page.evaluate(LOOK, ".wide, pre, p, h1, h2, figcaption"):
+    for element in page.evaluate(LOOK, ".wide, pre, p, h1, h2, h3, figcaption"):
         left, _, right, _ = element["box"]
         assert left >= 0 and right <= width, element
     for element in page.evaluate(LOOK, "*"):

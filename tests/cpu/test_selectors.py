@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from examples.quality import selectors
+from examples.quality.choosing import chosen_like
+from examples.quality.orders import ORDERS
+from examples.quality.selectors import SELECTORS, Prompt, top_mass
 from modelopt_sparse.calls import AttentionCall
 from modelopt_sparse.errors import UnsupportedCall
-from modelopt_sparse.faithfulness import selectors
-from modelopt_sparse.faithfulness.selectors import (
-    ORDERS,
-    SELECTORS,
-    Prompt,
-    chosen_like,
-    top_mass,
-)
-from modelopt_sparse.kernels import DENSE, Plan, SkipSoftmax, attention_reference
+from modelopt_sparse.kernels import DENSE, NMSparsity, Plan, SkipSoftmax, attention_reference
 from tests.inputs import topical
 
 PLAN = Plan(skip=SkipSoftmax(0.5, 16, 16))
@@ -95,12 +93,27 @@ def test_the_window_is_nearest_first_beside_the_sink():
     assert found[5].argsort(descending=True).tolist() == [0, 5, 4, 3, 2, 1]
 
 
-def test_other_calls_are_refused(call):
-    with pytest.raises(UnsupportedCall, match="whole prompts"):
-        chosen_like(call, DENSE, top_mass)
-    windowed = AttentionCall(call.run, call.q, call.k, call.v, call.seqs, {"window": 9})
-    with pytest.raises(UnsupportedCall, match="whole prompts"):
-        chosen_like(windowed, PLAN, top_mass)
+def test_other_plans_are_refused(call):
+    for plan in (DENSE, replace(PLAN, nm=NMSparsity(2, 4))):
+        with pytest.raises(UnsupportedCall, match="skip alone"):
+            chosen_like(call, plan, top_mass)
+
+
+@pytest.mark.parametrize("option", ["window", "sinks", "softcap"])
+def test_other_options_are_refused(call, option):
+    value = torch.zeros(call.q.shape[1]) if option == "sinks" else 9
+    with pytest.raises(UnsupportedCall, match=option):
+        chosen_like(replace(call, options={option: value}), PLAN, top_mass)
+    options = {option: None, "scale": 0.25, "causal": True}
+    assert chosen_like(replace(call, options=options), PLAN, top_mass)
+
+
+def test_calls_that_are_not_causal_or_of_whole_prompts_are_refused(call):
+    inputs = topical([20], [90], dim=16, strength=5.0, span=16, dtype=torch.float32)
+    later = AttentionCall(attention_reference, *inputs.qkv, {})
+    for other in (replace(call, options={"causal": False}), later):
+        with pytest.raises(UnsupportedCall, match="whole prompts"):
+            chosen_like(other, PLAN, top_mass)
 
 
 def test_in_its_own_order_the_margin_is_what_skip_softmax_decides_by(call):

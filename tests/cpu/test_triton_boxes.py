@@ -68,7 +68,10 @@ def test_packed_keys(plan, dim, request):
 @pytest.mark.parametrize(
     ("plan", "page", "layout"),
     [
-        *(pytest.param(PLANS["skip"], *x, id=f"skip-{x}") for x in product((16, 32, 64), LAYOUTS)),
+        *(
+            pytest.param(PLANS["skip"], *x, id=f"skip-{x}", marks=[pytest.mark.slow] * (index % 3))
+            for index, x in enumerate(product((16, 32, 64), LAYOUTS))
+        ),
         pytest.param(PLANS["dense"], 64, "nhd", id="dense-64"),
     ],
 )

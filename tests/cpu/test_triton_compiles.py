@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the kernels
 
 # A few that differ in most: seconds for each.
 FEW = [
-    ("sm_90", ["dense", "skip", "4:8+given", "splits skip", "latent of 128 heads"]),
+    ("sm_90", ["dense", "skip", "4:8+given", "splits skip"]),
     ("sm_80", ["grids+exact"]),
     ("gfx942", ["skip"]),
 ]

@@ -10,6 +10,7 @@ import torch
 
 from modelopt_sparse.kernels import NMSparsity, Phase, Plan, ScoreGrid, Seqs, attention_triton
 from tests.inputs import check, features, integers, needs_interpreter, topical
+from tests.thinned import thinned
 
 pytestmark = needs_interpreter
 
@@ -31,8 +32,7 @@ def small(make=topical, lengths=LENGTHS, **more):
     return make(*lengths, **{"heads": 2, "kv_heads": 1, "dtype": torch.float32} | more)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("names", FEATURES)
+@thinned(2, names=FEATURES, dtype=DTYPES)
 def test_dense_attention_is_the_oracle_with_every_feature(names, dtype):
     inputs = small(dtype=dtype)
     check(inputs, Plan(), attention_triton, **features(names, inputs))
@@ -65,10 +65,9 @@ def test_calls_with_nothing_to_see_are_zero(plan, q_lens, k_lens):
     check(inputs, plan, attention_triton)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "m"), PATTERNS, ids=PATTERN_IDS)
-@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (3, 5)], ids=["", "shields"])
-def test_nm_keeps_the_keys_of_the_oracle_ties_included(sinks, window, n, m, dtype):
+@thinned(2, shields={"": (0, 0), "shields": (3, 5)}, pattern=PATTERNS, dtype=DTYPES)
+def test_nm_keeps_the_keys_of_the_oracle_ties_included(shields, pattern, dtype):
+    (sinks, window), (n, m) = shields, pattern
     inputs = small(integers, dtype=dtype)
     _, wanted = check(inputs, Plan(NMSparsity(n, m, sinks, window)), attention_triton)
     assert wanted.nm_ties > 0

@@ -22,6 +22,7 @@ from modelopt_sparse.kernels import (
 )
 from tests.inputs import needs_interpreter, topical
 from tests.paged import in_pages
+from tests.thinned import thinned
 
 FP8 = torch.float8_e4m3fn
 SHAPE = [70, 20, 1, 0], [70, 150, 90, 9]
@@ -54,9 +55,7 @@ def test_the_reference_reads_8_bits(plan):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("shape", [SHAPE, SPLITS], ids=["", "splits"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@thinned(2, plan=PLANS, dtype=[torch.float16, torch.float32], shape={"": SHAPE, "splits": SPLITS})
 def test_the_kernels_read_8_bits(plan, dtype, shape, monkeypatch):
     inputs, cache, wide = quantized(0.5, 0.03, dtype, shape)
     monkeypatch.setattr("modelopt_sparse.kernels.api.run", ops.run)

@@ -97,7 +97,7 @@ def check_gradients(inputs, plan, lse=True, **options):
     return theirs, found
 
 
-@thinned(6, plan=PLANS, names=NAMES)
+@thinned(8, plan=PLANS, names=NAMES)
 def test_gradients_are_those_of_the_reference(plan, names):
     inputs = small()
     result, _ = check_gradients(inputs, plan, **features(names, inputs))
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_the_reference_in_other_layouts(layout, plan):
 
 
 @thinned(
-    3,
+    4,
     names=["", "bounds"],
     tile=[(16, 16), (64, 128), (128, 32)],
     nm={"": None, "2:4": NM},
@@ -136,8 +136,7 @@ def test_given_tiles_have_the_gradients_of_the_reference(names, tile, nm):
     check_gradients(inputs, plan, **features(names, inputs))
 
 
-@pytest.mark.parametrize("plan", ["dense", "2:4", "skip"])
-@pytest.mark.parametrize("scale", [-0.4, 0.0])
+@thinned(2, scale=[-0.4, 0.0], plan=["dense", "2:4", "skip"])
 def test_scales_that_are_not_positive_have_gradients(scale, plan):
     inputs = small(q_lens=[18, 1], k_lens=[40, 30])
     _, found = check_gradients(inputs, PLANS[plan], scale=scale)
@@ -204,9 +203,7 @@ def test_a_kept_tile_keeps_its_gradient_though_a_later_one_dwarfs_it():
     assert (found["v"][32:48] != 0).all()
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("plan", ["dense", "2:4", "skip"])
-@pytest.mark.parametrize("n_q", [20, 1])
+@thinned(2, n_q=[20, 1], plan=["dense", "2:4", "skip"], poison=[math.nan, math.inf])
 def test_what_hidden_keys_hold_never_leaks_into_gradients(n_q, plan, poison):
     inputs = small(q_lens=[n_q], k_lens=[60], gaps=False)
     hidden = torch.arange(60) % 7 == 0

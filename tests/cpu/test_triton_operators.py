@@ -16,6 +16,7 @@ from modelopt_sparse.kernels import (
 )
 from tests.cpu.test_triton_tiles import random_map
 from tests.inputs import features, needs_interpreter, topical
+from tests.thinned import thinned
 
 pytestmark = needs_interpreter
 
@@ -60,15 +61,13 @@ def operands(name: str, names: str, wants_grad: bool):
 FORWARD_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.mark.parametrize("names", ["", "sinks bias mask", "bounds"])
-@pytest.mark.parametrize("name", PLANS)
+@thinned(2, name=list(PLANS), names=["", "sinks bias mask", "bounds"])
 def test_the_forward_operator_passes_opcheck(name, names):
     operator = torch.ops.modelopt_sparse.attention_forward.default
     torch.library.opcheck(operator, operands(name, names, True), test_utils=FORWARD_TESTS)
 
 
-@pytest.mark.parametrize("names", ["", "sinks bias"])
-@pytest.mark.parametrize("name", PLANS)
+@thinned(2, name=list(PLANS), names=["", "sinks bias"])
 def test_the_backward_operator_passes_opcheck(name, names):
     arguments = operands(name, names, False)
     found = torch.ops.modelopt_sparse.attention_forward(*arguments[:-1], True)
@@ -94,8 +93,7 @@ def scaled(q, k, v, seqs, plan, options):
     return output.out, output.lse
 
 
-@pytest.mark.parametrize("names", ["", "sinks bias"])
-@pytest.mark.parametrize("name", PLANS)
+@thinned(2, name=list(PLANS), names=["", "sinks bias"])
 def test_a_compiled_step_is_the_eager_one(name, names):
     inputs, plan, options = setup(name, names)
     torch._dynamo.reset()

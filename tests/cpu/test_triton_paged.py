@@ -58,20 +58,20 @@ def compare(inputs, plan, page_size, layout, **options) -> None:
 
 
 @needs_interpreter
-@thinned(4, plan=PLANS, page_size=PAGE_SIZES)
+@thinned(6, plan=PLANS, page_size=PAGE_SIZES)
 def test_pages_of_any_size_give_the_bits_of_packed_keys(plan, page_size):
     compare(mixed(), plan, page_size, "nhd")
 
 
 @needs_interpreter
-@thinned(2, layout=LAYOUTS, dtype=[torch.float16, torch.float32])
+@thinned(4, layout=LAYOUTS, dtype=[torch.float16, torch.float32])
 def test_pages_of_any_layout_give_the_bits_of_packed_keys(layout, dtype):
     compare(mixed(dtype, dim_v=16), PLANS["skip"], 32, layout)
 
 
 @needs_interpreter
 @thinned(
-    2,
+    3,
     phase=[None, Phase.DECODE],
     names=["full", "window", "sinks softcap", "bounds", "tile_mask bias"],
 )

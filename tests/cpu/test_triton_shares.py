@@ -74,7 +74,7 @@ def sums(monkeypatch):
     return seen
 
 
-@thinned(3, plan=PLANS, names=["", "bounds"])
+@thinned(4, plan=PLANS, names=["", "bounds"])
 def test_gradients_of_shared_columns_are_those_of_the_reference(sums, plan, names):
     inputs = small(q_lens=(150, 1, 20, 0), k_lens=(150, 90, 25, 3), heads=4, kv_heads=2)
     check_gradients(inputs, plan, **features(names, inputs))

@@ -58,7 +58,7 @@ def test_prefill_keeps_the_tiles_of_the_oracle_ties_included(tile, dtype):
     assert wanted.ties > 0
 
 
-@thinned(2, names=FEATURES, exact={"": False, "exact": True})
+@thinned(4, names=FEATURES, exact={"": False, "exact": True})
 def test_prefill_skips_with_every_feature(names, exact):
     q_lens, k_lens = [23, 0, 5], [75, 9, 60]
     inputs = small(topical, q_lens, k_lens, strength=9.0, dtype=DTYPES[len(names) % 2])
@@ -180,8 +180,7 @@ def test_decode_skips_in_other_layouts(layout, exact, dtype):
     check_skips(inputs, plan, ("decode",))
 
 
-@pytest.mark.parametrize("segment", [16, 32, 64])
-@pytest.mark.parametrize("vote_heads", [None, 1], ids=["groups", "heads"])
+@thinned(2, vote_heads={"groups": None, "heads": 1}, segment=[16, 32, 64])
 def test_decode_keeps_tiles_at_the_threshold(vote_heads, segment):
     inputs = small(integers, [1] * 4, [200, 77, 130, 60], heads=4, kv_heads=2)
     plan = decode(0.25, segment=segment, vote_heads=vote_heads, count_thresholds=(0.5, 1.0))
@@ -217,7 +216,7 @@ def test_speculative_rows_decode_when_the_caller_says_so(names):
     check_skips(inputs, plan, ("decode",), phase=Phase.DECODE, **options)
 
 
-@pytest.mark.parametrize("names", ["", "tile_mask sinks"])
+@thinned(2, names=["tile_mask sinks", ""])
 def test_a_mixed_batch_follows_each_sequence_s_phase(names):
     inputs = small(topical, [30, 1, 0, 17, 1], [60, 90, 9, 50, 140], strength=9.0)
     plan = Plan(

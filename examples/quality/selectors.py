@@ -14,10 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modelopt_sparse.calls import AttentionCall
-from modelopt_sparse.errors import UnsupportedCall, describe
-from modelopt_sparse.kernels.types import Phase, Plan, TileMap
-
 # Of XAttention, the distance between antidiagonals; of MInference, the rows that its lines are found from.
 _STRIDE, _LAST_ROWS = 8, 64
 _ROWS_AT_ONCE = 512
@@ -99,10 +95,8 @@ def antidiagonal(prompt: Prompt) -> Tensor:
     """The weight of the tile by every eighth antidiagonal. Source: XAttention (arXiv 2503.16428)."""
     tiles = []
     for _, scores in prompt.row_tiles():
-        missing = -scores.shape[2] % _STRIDE
-        whole = torch.nn.functional.pad(scores, (0, 0, 0, missing), value=-torch.inf)
-        heads, count, rows, keys = whole.shape
-        squares = whole.view(heads, count, rows // _STRIDE, _STRIDE, keys // _STRIDE, _STRIDE)
+        heads, count, rows, keys = scores.shape
+        squares = scores.view(heads, count, rows // _STRIDE, _STRIDE, keys // _STRIDE, _STRIDE)
         line = squares.flip(-1).diagonal(dim1=3, dim2=5)  # [Hq, C, R / 8, N / 8, 8]
         seen = line.isfinite()
         means = line.masked_fill(~seen, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
@@ -133,49 +127,15 @@ def vertical_slash(prompt: Prompt) -> Tensor:
     return torch.cat(tiles, 1)
 
 
-def _margin(order: Callable[[int, int], list[int]]) -> Selector:
-    """How far the tile's scores come to the largest before, in the best row: skip-softmax in another order.
-
-    Args:
-        order: the tiles in the order of the visit, given the last one that a row tile sees and their number.
-    """
-
-    def margins(prompt: Prompt) -> Tensor:
-        tiles = []
-        for rows, scores in prompt.row_tiles():
-            by_tile = scores.view(*scores.shape[:3], -1, prompt.block_keys)
-            highest = by_tile.amax(-1)  # [Hq, C, R, T]
-            ends = rows[:, -1].clamp(max=prompt.q.shape[1] - 1) // prompt.block_keys
-            visits = [order(last, highest.shape[-1]) for last in ends.tolist()]
-            visit = torch.tensor(visits, device=rows.device)[:, None].expand_as(highest)
-            seen = highest.gather(3, visit)
-            margin = (seen - seen.cummax(-1).values).nan_to_num(-torch.inf).amax(2)
-            tiles.append(torch.empty_like(margin).scatter_(2, visit[:, :, 0], margin))
-        return torch.cat(tiles, 1)
-
-    return margins
+def _shape(prompt: Prompt) -> tuple[int, int, int]:
+    heads, n, _ = prompt.q.shape
+    return heads, math.ceil(n / prompt.block_rows), math.ceil(n / prompt.block_keys)
 
 
-def _left_to_right(last: int, count: int) -> list[int]:
-    return list(range(count))
+def _means(x: Tensor, size: int) -> Tensor:
+    """The mean of each tile: [Hq, n, D] -> [Hq, tiles, D]."""
+    return torch.stack([part.mean(1) for part in torch.split(x, size, dim=1)], 1)
 
-
-def _last_downward(last: int, count: int) -> list[int]:
-    return [*range(last, -1, -1), *range(last + 1, count)]
-
-
-def _last_first_downward(last: int, count: int) -> list[int]:
-    return list(dict.fromkeys([last, 0, *_last_downward(last, count)]))
-
-
-ORDERS: Mapping[str, Selector] = {
-    "last, first, downward": _margin(_last_first_downward),
-    "last, downward": _margin(_last_downward),
-    "left to right": _margin(_left_to_right),
-}
-"""Skip-softmax in its own order of visits and in others, by the names that tables show. Of each head there
-is one lambda, which is that of as many tiles.
-"""
 
 SELECTORS: Mapping[str, Selector] = {
     "oracle": top_mass,
@@ -186,73 +146,3 @@ SELECTORS: Mapping[str, Selector] = {
     "random": random_tiles,
 }
 """By the names that tables show."""
-
-
-def chosen_like(call: AttentionCall, plan: Plan, selector: Selector) -> TileMap:
-    """As many tiles of each head as skip-softmax keeps, chosen by a selector. Waits for the device.
-
-    Each row tile keeps its last one, which holds its rows' own keys.
-
-    Raises:
-        UnsupportedCall: not causal, or not whole prompts without a mask.
-    """
-    options = call.options
-    seqs = call.seqs
-    is_whole = torch.equal(seqs.q_len, seqs.k_len) and not any(
-        options.get(name) is not None for name in ("window", "bounds", "mask", "bias", "softcap")
-    )
-    if plan.skip is None or not options.get("causal", True) or not is_whole:
-        takes = "causal attention of whole prompts without a mask, and a plan that skips"
-        raise UnsupportedCall(describe("call", "another one", takes))
-    kept = call(plan, details=True).kept
-    assert kept is not None
-    scale = options.get("scale")
-    scale = call.q.shape[-1] ** -0.5 if scale is None else scale
-    chosen: list[Tensor | None] = []
-    places = zip(seqs.q_start.tolist(), seqs.k_start.tolist(), seqs.q_len.tolist(), strict=True)
-    for own, (start, first, n) in zip(kept, places, strict=True):
-        if own is None or Phase.of(n, options.get("phase")) is Phase.DECODE:
-            chosen.append(None)
-            continue
-        group = call.q.shape[1] // call.k.shape[1]
-        k = call.k[first : first + n].transpose(0, 1).repeat_interleave(group, 0)
-        q = call.q[start : start + n].transpose(0, 1)
-        prompt = Prompt(q.float() * scale, k.float(), plan.skip.block_rows, plan.skip.block_keys)
-        chosen.append(_highest(selector(prompt), prompt, own.sum((1, 2))))
-    return TileMap.from_kept(
-        chosen,
-        seqs,
-        True,
-        plan.skip.block_rows,
-        plan.skip.block_keys,
-        rows=len(call.q),
-        heads=call.q.shape[1],
-        phase=options.get("phase"),
-    )
-
-
-def _highest(scores: Tensor, prompt: Prompt, counts: Tensor) -> Tensor:
-    """So many tiles of each head, the last of each row tile among them: bool [Hq, row tiles, key tiles]."""
-    heads, rows, keys = scores.shape
-    n = prompt.q.shape[1]
-    index = torch.arange(rows, device=scores.device)
-    end = ((index + 1) * prompt.block_rows).clamp(max=n)
-    last = (end - 1) // prompt.block_keys
-    visible = torch.arange(keys, device=scores.device) <= last[:, None]
-    ranked = scores.masked_fill(~visible, -torch.inf)
-    ranked[:, index, last] = torch.inf
-    order = ranked.flatten(1).argsort(dim=1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand(heads, -1)
-    )
-    return (place < counts[:, None]).view(heads, rows, keys) & visible
-
-
-def _shape(prompt: Prompt) -> tuple[int, int, int]:
-    heads, n, _ = prompt.q.shape
-    return heads, math.ceil(n / prompt.block_rows), math.ceil(n / prompt.block_keys)
-
-
-def _means(x: Tensor, size: int) -> Tensor:
-    """The mean of each tile: [Hq, n, D] -> [Hq, tiles, D]."""
-    return torch.stack([part.mean(1) for part in torch.split(x, size, dim=1)], 1)
