@@ -352,6 +352,11 @@ def test_what_is_not_taken_says_so(model, calibrated):
         mtsa.calibrate(model, {"target_error": {"prefill": True}})
     with pytest.raises(ArgumentTypeError, match="forward_loop: got 3"):
         mtsa.calibrate(model, SMALL, 3)
+    for single in (source(600), {"input_ids": source(600)}):
+        with pytest.raises(
+            ArgumentTypeError, match=r"(?s)forward_loop: .* Put a single batch in a list"
+        ):
+            mtsa.calibrate(model, SMALL, single)
     with pytest.raises(ArgumentTypeError, match="a batch to calibrate with"):
         mtsa.calibrate(model, SMALL, ["text"])
     with pytest.raises(ArgumentTypeError, match="not empty"):

@@ -96,6 +96,20 @@ def test_help_says_what_exit_codes_mean():
     assert "0 done; 1 the check found a problem; 2 wrong usage" in said and "130" in said
 
 
+def test_the_version_is_told_at_once():
+    done = started(HELP, "--version")
+    assert done.stdout == f"modelopt-sparse {mtsa.__version__}\nimported: [] exit: 0\n", done.stderr
+    assert "--version" in run("--help").stdout
+
+
+def test_the_version_of_a_clone_that_is_not_installed(monkeypatch):
+    def missing(name):
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", missing)
+    assert run("--version").stdout == f"modelopt-sparse {mtsa.__version__}\n"
+
+
 def test_python_m_is_the_command():
     command = [sys.executable, "-m", "modelopt_sparse", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -223,6 +223,12 @@ def test_what_calibrate_does_not_take(dense, tmp_path):
     assert failed(run(*arguments, *preset, "--max-seqlen", 100), 2, "calibration.max_seqlen")
     assert failed(run(*arguments, *preset, "--target-sparsity", 1), 2, "target_sparse_ratio")
     assert failed(run(*arguments, "--preset", "sparse_softmax", *QUICK), 2, "methods that skip")
+    assert failed(run(*arguments, *preset, "--decode-sparsity", -0.1), 2, "greater than or equal")
+    # All this is said before a model is loaded.
+    arguments = "calibrate", tmp_path / "nowhere", "--output", tmp_path / "o"
+    for option, value in (("--target-sparsity", 1), ("--target-error", 0), ("--chunk-size", 3)):
+        done = run(*arguments, *preset, option, value)
+        assert failed(done, 2, "Error: calibration."), option
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("")
     mine = "--output", tmp_path / "mine"
@@ -255,6 +261,7 @@ def test_eval_of_a_dense_checkpoint_on_made_up_prompts(dense):
     options = "--preset", "skip_softmax", "--length", 300, "--samples", 2
     done = run("eval", dense, *options)
     assert done.exit_code == 0, done.output
+    assert "Error" not in done.output
     assert "598 tokens of 2 sequences" in done.stdout and "bits per token" in done.stdout
     assert "model.layers.2.self_attn" in done.stdout
 
