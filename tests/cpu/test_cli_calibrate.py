@@ -370,8 +370,20 @@ def test_windows_overlap_where_the_text_has_no_more(monkeypatch):
 # export
 
 
+def with_errors(folder, copy, **errors):
+    """A copy of a checkpoint whose formulas are off by so many points, by phase."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    for module in config["sparse_attention_config"]["metadata"]["modules"].values():
+        for phase, points in errors.items():
+            key = f"skip_softmax_{'decode_' * (phase == 'decode')}threshold"
+            module["fields"][key]["formula"]["worst_error"] = points
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
 def test_export_prints_and_writes_what_export_in_python_does(calibrated, tmp_path):
-    folder = calibrated[0]
+    folder = with_errors(calibrated[0], tmp_path / "copy", prefill=3.0, decode=None)
     model = mtsa.from_pretrained(AutoModelForCausalLM, folder)
     wanted = mtsa.export_sparse_attention_config(model)
     for options in ((), ("--json",)):
@@ -386,6 +398,29 @@ def test_export_prints_and_writes_what_export_in_python_does(calibrated, tmp_pat
     assert run("export", folder, "--output", path, "--force").exit_code == 0
     assert [x.name for x in path.parent.iterdir()] == ["export.json"]
     assert json.loads(path.read_text()) == wanted
+
+
+def test_a_formula_that_is_off_is_said(calibrated, tmp_path):
+    folder = with_errors(calibrated[0], tmp_path / "off", prefill=12.5, decode=3.0)
+    done = run("export", folder)
+    wanted = json.loads(done.stdout)
+    (line,) = (line for line in done.stderr.splitlines() if "Warning" in line)
+    assert "in prefill the formula is off by up to 12.5 points of sparsity" in line
+    done = run("export", folder, "--output", tmp_path / "export.json", "--json")
+    assert json.loads(done.stdout) == wanted | {"worst_error": {"prefill": 12.5}}
+    assert "Warning: in prefill" in done.stderr
+    # The file is what engines take.
+    assert json.loads((tmp_path / "export.json").read_text()) == wanted
+
+
+def test_a_formula_that_is_not_used_is_not_spoken_of(calibrated, tmp_path):
+    folder = with_errors(calibrated[0], tmp_path / "off", prefill=12.5, decode=None)
+    model = mtsa.from_pretrained(AutoModelForCausalLM, folder)
+    mtsa.set_sparsity(model, {"prefill": 0.0})
+    model.save_pretrained(tmp_path / "dense prefill")
+    done = run("export", tmp_path / "dense prefill", "--json")
+    assert done.exit_code == 0 and "worst_error" not in json.loads(done.stdout)
+    assert "Warning" not in done.stderr
 
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["new", "force"])
