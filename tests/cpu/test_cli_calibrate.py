@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modelopt_sparse as mtsa
 from modelopt_sparse.calibration import prompts as prompts_file
 from modelopt_sparse.module_state import sparse_modules
-from modelopt_sparse_cli import texts
+from modelopt_sparse_cli import app, texts
 from tests.cpu.bundled import LAYERS, MODEL, dense_model, source
 from tests.cpu.test_cli import ROOT, failed, run
 from tests.cpu.tiny import tiny_llama
@@ -46,6 +48,66 @@ def calibrated(dense, tmp_path_factory):
 def thresholds(folder):
     model = mtsa.from_pretrained(AutoModelForCausalLM, folder)
     return [module.method.config for _, module in sparse_modules(model)]
+
+
+def with_errors(folder, copy, **errors):
+    """A copy of a checkpoint whose formulas are off by so many points, by phase."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    for module in config["sparse_attention_config"]["metadata"]["modules"].values():
+        for phase, points in errors.items():
+            key = f"skip_softmax_{'decode_' * (phase == 'decode')}threshold"
+            module["fields"][key]["formula"]["worst_error"] = points
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+# what docs/command.md says
+
+PAGE = (ROOT / "docs/command.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    name: keys for name, keys in re.findall(r"^\| `(\w+)` \| (.*?) \|", PAGE, re.MULTILINE)
+}
+SHORT = "--length", 600, "--samples", 1
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_page_has_the_keys_of_each_document(name, calibrated, dense, tmp_path):
+    preset = "--preset", "skip_softmax"
+    arguments = {
+        "quickstart": (dense, "--length", 200, "--windows", 1),
+        "sparsify": (dense, *preset, "--output", tmp_path / "out"),
+        "calibrate": (dense, *preset, "--output", tmp_path / "out", *QUICK),
+        "eval": (calibrated[0], *SHORT),
+        "report": (calibrated[0], *SHORT, "--output", tmp_path / "out.html"),
+        "export": (with_errors(calibrated[0], tmp_path / "copy", prefill=0.0, decode=0.0),),
+        "explain": (dense, *preset),
+        "doctor": (),
+    }
+    done = run(name, *arguments[name], "--json")
+    assert done.exit_code == 0, done.output
+    assert list(json.loads(done.stdout)) == re.findall(r"`(\w+)`", DOCUMENTS[name])
+
+
+def test_every_command_with_a_document_is_in_the_table():
+    assert {*DOCUMENTS, "bench"} == set(typer.main.get_command(app).commands)
+
+
+def headings_in(text):
+    lines = (line.strip() for line in text.splitlines())
+    return [[x.strip() for x in line.strip("┃").split("┃")] for line in lines if line[:1] == "┃"]
+
+
+@pytest.mark.parametrize("name", ["calibrate", "eval"])
+def test_tables_of_the_page_are_those_of_the_command(name, calibrated, dense, tmp_path):
+    section = PAGE.partition(f"\n## {name.capitalize()}\n")[2].partition("\n## ")[0]
+    headings = headings_in(section)
+    options = {
+        "calibrate": (dense, "--preset", "skip_softmax", "--output", tmp_path / "out", *QUICK),
+        "eval": (calibrated[0], *SHORT),
+    }
+    done = run(name, *options[name])
+    assert headings and all(heading in headings_in(done.stdout) for heading in headings)
 
 
 # calibrate
@@ -368,18 +430,6 @@ def test_windows_overlap_where_the_text_has_no_more(monkeypatch):
 
 
 # export
-
-
-def with_errors(folder, copy, **errors):
-    """A copy of a checkpoint whose formulas are off by so many points, by phase."""
-    shutil.copytree(folder, copy)
-    config = json.loads((copy / "config.json").read_text())
-    for module in config["sparse_attention_config"]["metadata"]["modules"].values():
-        for phase, points in errors.items():
-            key = f"skip_softmax_{'decode_' * (phase == 'decode')}threshold"
-            module["fields"][key]["formula"]["worst_error"] = points
-    (copy / "config.json").write_text(json.dumps(config))
-    return copy
 
 
 def test_export_prints_and_writes_what_export_in_python_does(calibrated, tmp_path):
