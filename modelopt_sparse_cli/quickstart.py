@@ -40,7 +40,7 @@ def command(
         Path | None,
         typer.Option(
             "--text",
-            help="Text to score; Python's own sources if none.",
+            help="Text to score, in UTF-8; Python's own sources if none.",
             exists=True,
             dir_okay=False,
         ),
