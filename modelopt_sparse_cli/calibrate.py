@@ -153,8 +153,7 @@ def _calibrate(
 ) -> None:
     """Loads the model, calibrates it, checks it if that is wanted, saves it, and says what was found."""
     import modelopt_sparse as mtsa
-    from modelopt_sparse.calibration.check import HELD_OUT
-    from modelopt_sparse.calibration.prompts import fitting, prompts
+    from modelopt_sparse.calibration.prompts import fitting, held_out_prompts, prompts
     from modelopt_sparse.module_state import module_states
 
     in_file = None if chosen is None else chosen.calibration
@@ -170,7 +169,7 @@ def _calibrate(
         mtsa.calibrate(model, aim, data)
         fitted = fitted_thresholds(model)
         if check and any(row["target"] for row in fitted):
-            data = bar.track(prompts(model, aim, HELD_OUT), description="checking   ", **count)
+            data = bar.track(held_out_prompts(model, aim), description="checking   ", **count)
             found = mtsa.check_calibration(model, data, aim)
     report.console.print(table_of(fitted))
     if found is not None:

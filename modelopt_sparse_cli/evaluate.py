@@ -77,8 +77,7 @@ def token_batches(
         ConfigError: there is no tokenizer for made-up prompts.
     """
     from modelopt_sparse import CalibrationConfig
-    from modelopt_sparse.calibration.check import HELD_OUT
-    from modelopt_sparse.calibration.prompts import prompts
+    from modelopt_sparse.calibration.prompts import HELD_OUT, prompts
 
     if texts:
         words = map(read_words, texts)

@@ -25,10 +25,7 @@ from modelopt_sparse.module_state import sparse_modules
 from .bound import COSTS
 from .check_results import CalibrationCheck, CheckRow
 from .loop import run_prompts, sequences
-from .prompts import prompts
-
-HELD_OUT = 1
-"""The seed of prompts that `calibrate` doesn't make."""
+from .prompts import held_out_prompts
 
 Shares = dict[tuple[PhaseName, SparseAttentionModule], float]
 
@@ -51,7 +48,7 @@ def check_calibration(
         batches: token ids [B, n], or mappings with ``input_ids`` and, where there is padding, an
             ``attention_mask``. They are taken one by one, so progress can be shown around them. None: prompts
             that `config` describes, and that `calibrate` doesn't make: other tasks, or other parts of the
-            files, which overlap those where files are short.
+            files, which overlap those where files are short; of lengths between those that it makes.
         config: as `calibrate` takes it. If it bounds an error or a dropped mass, each sequence runs once
             more, dense and sparse, to measure it. Shares are those of the model.
     Returns:
@@ -73,7 +70,7 @@ def check_calibration(
     modules = {module for _, module in targets}
     counted: dict[tuple[PhaseName, int], Tensor] = {}
     probes: dict[int, dict[SparseAttentionModule, Probe]] = {}
-    given = prompts(model, chosen, HELD_OUT) if batches is None else batches
+    given = held_out_prompts(model, chosen) if batches is None else batches
     for ids in _sequences(model, given):
         with counting_anew(modules):
             run_prompts(model, [ids], chosen)

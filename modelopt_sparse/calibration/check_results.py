@@ -12,6 +12,11 @@ from modelopt_sparse.errors import ArgumentTypeError, describe
 from modelopt_sparse.methods.calibrated import PhaseName
 
 HEADINGS = ("phase", "prompt tokens", "sequences", "target", "achieved", "off, points")
+# Text of another kind, or chance in few tiles, moves the share further.
+NEAR, ADVICE = (
+    0.03,
+    "More than 3 points off: calibrate on more text, of the kind that the model is for",
+)
 
 
 class CheckRow(BaseModel):
@@ -79,7 +84,10 @@ class CalibrationCheck(BaseModel):
         (console or Console()).print(self._table())
 
     def _table(self) -> Table:
-        table = Table(title="Tiles skipped: target against achieved")
+        far = any(abs(row.achieved - row.target) > NEAR for row in self.rows)
+        table = Table(
+            title="Tiles skipped: target against achieved", caption=ADVICE if far else None
+        )
         for name in self.headings():
             table.add_column(name, justify="left" if name == HEADINGS[0] else "right")
         for cells in self.cells():

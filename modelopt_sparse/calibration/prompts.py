@@ -19,6 +19,8 @@ from .tasks import make_task
 
 # The shortest prompts.
 LEAST = 1024
+HELD_OUT = 1
+"""The seed of prompts that `calibrate` doesn't make."""
 # Text is turned into tokens so much at a time: some tokenizers take time that grows with its square.
 _CHARACTERS = 4096
 # Parts of a file begin so far apart, of its length: by the golden ratio they fall between those before. With
@@ -93,6 +95,17 @@ def prompts(
         ids = torch.tensor([[*opening, *islice(middle, wanted), *question]])
         _check_known(model, ids)
         yield ids
+
+
+def held_out_prompts(model: nn.Module, config: CalibrationConfig) -> Iterator[Tensor]:
+    """Prompts that `prompts` doesn't make by itself: other samples, of lengths between its own.
+
+    Raises:
+        ConfigError: as `prompts`.
+    """
+    own = _halves(fitting(model, config).max_seqlen)
+    between = [length * 3 // 4 for length in own if length * 3 // 4 >= LEAST]
+    return prompts(model, config, HELD_OUT, between or own)
 
 
 def _check_known(model: nn.Module, ids: Tensor) -> None:

@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import nn
 
 import modelopt_sparse as mtsa
-from modelopt_sparse.calibration.prompts import prompts
+from modelopt_sparse.calibration.check_results import CalibrationCheck
+from modelopt_sparse.calibration.prompts import held_out_prompts, prompts
 from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, ConfigError
 from modelopt_sparse.module_state import sparse_modules
@@ -87,9 +88,11 @@ def test_sequences_shorter_than_those_calibrated_are_dense_and_have_no_row(calib
 
 
 def test_made_up_prompts_are_others_than_those_calibrated_on(calibrated, tmp_path):
-    config = {"samples": 2, "max_seqlen": 1024, "num_decode_tokens": 1}
+    config = {"samples": 2, "max_seqlen": 2048, "num_decode_tokens": 1}
     found = mtsa.check_calibration(calibrated, None, config)
-    assert places(found) == [("prefill", 1024, 2), ("decode", 1024, 2)]
+    assert places(found) == [("prefill", 1536, 2), ("decode", 1536, 2)]
+    single = CalibrationConfig(samples=2, max_seqlen=1024, tokenizer=str(MODEL))
+    assert [x.shape[1] for x in held_out_prompts(nn.Linear(1, 1), single)] == [1024, 1024]
     (tmp_path / "text.txt").write_text("".join(f"line {n} " for n in range(40_000)))
     for files in (None, (str(tmp_path / "text.txt"),)):
         made = CalibrationConfig(samples=6, max_seqlen=1024, tokenizer=str(MODEL), text_files=files)
@@ -133,9 +136,15 @@ def test_the_data_is_json_and_the_table_has_a_line_a_row(calibrated):
     found = mtsa.check_calibration(calibrated, [source(600)])
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
     assert found.to_dict()["rows"][1]["phase"] == "decode"
-    text = StringIO()
-    found.print(Console(file=text, width=120))
-    assert "20.0%" in text.getvalue() and text.getvalue().count("600") == 2
+    near = CalibrationCheck(
+        rows=tuple(r.model_copy(update={"achieved": r.target}) for r in found.rows)
+    )
+    far = CalibrationCheck(rows=(found.rows[0].model_copy(update={"achieved": 0.9}),))
+    said = [StringIO() for _ in range(2)]
+    for check, text in zip((near, far), said, strict=True):
+        check.print(Console(file=text, width=120))
+    assert "20.0%" in said[0].getvalue() and said[0].getvalue().count("600") == 2
+    assert ["3 points off" in text.getvalue() for text in said] == [False, True]
     with pytest.raises(ArgumentTypeError, match="console"):
         found.print(3)
 
