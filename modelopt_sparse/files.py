@@ -32,6 +32,26 @@ def read_bytes(path: Path, max_bytes: int, error: type[SparseAttentionError]) ->
     return content
 
 
+def read_text(path: Path, name: str, error: type[SparseAttentionError]) -> str:
+    """The text of a file in UTF-8, without its byte order mark.
+
+    Args:
+        name: what messages call it.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        error: its bytes aren't UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        got, remedy = (
+            f"{str(path)!r}, whose bytes aren't UTF-8",
+            "Convert it, for instance with iconv.",
+        )
+        raise error(describe(name, got, "text in UTF-8", remedy)) from None
+
+
 def check_is_file(path: Path, error: type[SparseAttentionError]) -> None:
     """Raises FileNotFoundError where nothing is, and `error` where something else than a file is."""
     if not path.exists():

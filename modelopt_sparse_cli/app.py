@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -32,6 +33,16 @@ class Commands(TyperGroup):
             raise typer.Exit(FAILED) from None
 
 
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        try:
+            found = metadata.version("modelopt_sparse")
+        except metadata.PackageNotFoundError:  # a clone that isn't installed, which takes longer
+            from modelopt_sparse.version import __version__ as found
+        typer.echo(f"modelopt-sparse {found}")
+        raise typer.Exit()
+
+
 app = typer.Typer(
     cls=Commands,
     name="modelopt-sparse",
@@ -41,6 +52,20 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_version
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 app.command("quickstart")(quickstart.command)
 app.command("sparsify")(sparsify.command)
 app.command("calibrate")(calibrate.command)
@@ -54,7 +79,11 @@ app.command("bench", **bench.SETTINGS)(bench.command)
 
 def main() -> None:
     """The command line's entry."""
-    app(prog_name="modelopt-sparse")
+    try:
+        app(prog_name="modelopt-sparse")
+    except KeyboardInterrupt:  # before a command runs
+        typer.echo("Interrupted.", err=True)
+        sys.exit(INTERRUPTED)
 
 
 def _is_for_users(error: Exception) -> bool:

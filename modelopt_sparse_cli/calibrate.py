@@ -26,8 +26,6 @@ from .reporting import Report, progress, reporting
 from .saving import save_checkpoint, say_saved
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from modelopt_sparse import CalibrationConfig, SparseAttentionConfig
 
 
@@ -47,7 +45,7 @@ class Form(StrEnum):
 
 
 def _share(name: str, help: str) -> Any:
-    return typer.Option(name, help=help, min=0.0, max=1.0, metavar="SHARE")
+    return typer.Option(name, help=f"{help} From 0 to below 1.", metavar="SHARE")
 
 
 def _bound(name: str, help: str) -> Any:
@@ -155,14 +153,15 @@ def _calibrate(
 ) -> None:
     """Loads the model, calibrates it, checks it if that is wanted, saves it, and says what was found."""
     import modelopt_sparse as mtsa
-    from modelopt_sparse.calibration.prompts import held_out_prompts, prompts
+    from modelopt_sparse.calibration.prompts import fitting, held_out_prompts, prompts
     from modelopt_sparse.module_state import module_states
 
     in_file = None if chosen is None else chosen.calibration
     if chosen is not None:
         chosen = chosen.model_copy(update={"calibration": None})  # that comes below
+    aim = _aim(in_file, given)
     model = load_sparse_model(name, chosen)
-    aim = _aim(model, in_file, given)
+    aim = fitting(model, aim)
     count: Any = {"total": aim.samples}
     found = None
     with progress() as bar:
@@ -201,16 +200,13 @@ def _targets(
     return both if both is not None else by_phase or None
 
 
-def _aim(
-    model: PreTrainedModel, in_file: CalibrationConfig | None, given: dict[str, Any]
-) -> CalibrationConfig:
+def _aim(in_file: CalibrationConfig | None, given: dict[str, Any]) -> CalibrationConfig:
     """What is asked for: by options, then by the file, then by default.
 
     Raises:
-        ConfigError: a value isn't taken, or prompts would be longer than what the model takes.
+        ConfigError: a value isn't taken.
     """
     from modelopt_sparse import CalibrationConfig
-    from modelopt_sparse.calibration.prompts import fitting
     from modelopt_sparse.config.calibration import AIMS
 
     fields = {} if in_file is None else in_file.model_dump(exclude_unset=True)
@@ -218,4 +214,4 @@ def _aim(
     if any(name in asked for name in AIMS):
         fields = {name: value for name, value in fields.items() if name not in AIMS}
     fields |= asked
-    return fitting(model, CalibrationConfig.load(fields))
+    return CalibrationConfig.load(fields)

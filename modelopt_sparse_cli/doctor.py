@@ -11,6 +11,7 @@ import typer
 from packaging.requirements import Requirement
 from rich.table import Table
 
+from .interrupts import interrupted_afterwards
 from .options import JsonOption
 from .reporting import reporting, waiting
 
@@ -30,7 +31,7 @@ OPTIONAL = {
 def command(as_json: JsonOption = False) -> None:
     """Say what this machine can run. Exit code 1: something required is missing or out of range."""
     with reporting(as_json) as report:
-        with waiting("importing torch and triton"):
+        with waiting("importing torch and triton"), interrupted_afterwards():
             required, devices = required_packages(), gpus()
         optional = optional_packages()
         is_well = all(row["problem"] is None for row in required)

@@ -19,7 +19,7 @@ from .options import (
     config_if_given,
 )
 from .reporting import progress, reporting
-from .texts import check_length, text_windows
+from .texts import check_length, read_words, text_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,14 +73,15 @@ def token_batches(
     """Token ids [1, n] on the model's device.
 
     Raises:
-        ArgumentError: the model takes fewer tokens or has no tokenizer, or a text is too short.
+        ArgumentError: the model takes fewer tokens or has no tokenizer, or a text is too short or not UTF-8.
         ConfigError: there is no tokenizer for made-up prompts.
     """
     from modelopt_sparse import CalibrationConfig
     from modelopt_sparse.calibration.prompts import HELD_OUT, prompts
 
     if texts:
-        windows = [text_windows(name, model, path.read_text(), length, samples) for path in texts]
+        words = map(read_words, texts)
+        windows = [text_windows(name, model, each, length, samples) for each in words]
         return [ids for each in windows for ids in each]
     check_length(model, length)
     made = CalibrationConfig(samples=samples, tokenizer=name)

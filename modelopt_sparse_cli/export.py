@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BLOCK = "sparse_attention_config"
 """The name that engines read in config.json."""
 
+POINTS = 3.0
+"""A formula may be off by so many points of sparsity without a word."""
+
 
 def command(
     model: ModelArgument,
@@ -33,8 +36,9 @@ def command(
 ) -> None:
     """Say in the schema of TensorRT-LLM, vLLM-Omni and Model-Optimizer what a sparse checkpoint does.
 
-    Needs thresholds that were calibrated, with one formula for all modules. Prints it unless it is written
-    somewhere; a file is written whole or not at all. No weights are loaded.
+    Needs thresholds that were calibrated, with one formula for all modules, and warns of one that misses the
+    shares by far. Prints it unless it is written somewhere; a file is written whole or not at all. No weights
+    are loaded.
     """
     if output is not None:
         check_output_file(output, force)
@@ -43,7 +47,16 @@ def command(
         import modelopt_sparse as mtsa
 
         check_is_sparse(model)
-        export = mtsa.export_sparse_attention_config(without_weights(model))
+        empty = without_weights(model)
+        export = mtsa.export_sparse_attention_config(empty)
+        off = formulas_that_are_off(empty)
+        for phase, points in off.items():
+            # Standard output may be the export alone.
+            typer.echo(
+                f"Warning: in {phase} the formula is off by up to {points:g} points of sparsity where it was "
+                "fitted: engines, which read it alone, may skip so much more or less.",
+                err=True,
+            )
         text = json.dumps(export, indent=2) + "\n"
         if into:
             write_into(Path(model), export)
@@ -53,7 +66,7 @@ def command(
             report.console.print(f"Written: {output}", soft_wrap=True)
         if not into and output is None and not as_json:
             typer.echo(text, nl=False)
-        report.document = export
+        report.document = export | ({"worst_error": off} if off else {})
 
 
 def without_weights(name: str) -> PreTrainedModel:
@@ -68,6 +81,24 @@ def without_weights(name: str) -> PreTrainedModel:
         model: PreTrainedModel = auto_class.from_config(load_model_config(name))
         restore_from_block(model)
     return model
+
+
+def formulas_that_are_off(model: PreTrainedModel) -> dict[str, float]:
+    """By phase, the most points of sparsity that a formula is off, if these are more than `POINTS`."""
+    from modelopt_sparse.methods.calibrated import PHASES, CalibratedThreshold, SkipSoftmaxConfig
+    from modelopt_sparse.module_state import sparse_modules
+
+    found: dict[str, float] = {}
+    for _, module in sparse_modules(model):
+        config = module.method.config
+        if not module.enabled or not isinstance(config, SkipSoftmaxConfig):
+            continue
+        for phase in PHASES:
+            threshold = config.threshold(phase)
+            if isinstance(threshold, CalibratedThreshold) and threshold.target_sparsity:
+                off = threshold.formula and threshold.formula.worst_error
+                found[phase] = max(off or 0.0, found.get(phase, 0.0))
+    return {phase: off for phase, off in found.items() if off > POINTS}
 
 
 def write_into(folder: Path, export: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .interrupts import interrupted_afterwards
 from .reporting import progress, waiting
 
 if TYPE_CHECKING:
@@ -15,10 +16,21 @@ if TYPE_CHECKING:
 
     from modelopt_sparse import SparseAttentionConfig
 
+# What code of transformers runs into where a configuration holds other things than it has seen.
+_BLAMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 def import_libraries() -> None:
-    """Imports torch and transformers, which takes seconds, and says so."""
-    with waiting("importing torch and transformers"):
+    """Imports torch and transformers, which takes seconds, and says so. Interrupted, it does that first."""
+    with waiting("importing torch and transformers"), interrupted_afterwards():
         import modelopt_sparse  # noqa: F401 (with all that it needs)
 
 
@@ -27,10 +39,14 @@ def load_model(name: str) -> PreTrainedModel:
 
     Raises:
         ArgumentError: there is no such model, or transformers can't load it.
+        StateError: its config.json is malformed, or says what implementation runs.
     """
     from transformers import AutoModelForCausalLM
 
+    from modelopt_sparse.integrations.hf_loading import check_configuration
+
     with blaming(name):
+        check_configuration(name, {})
         # As it comes, in eval mode.
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     return model
@@ -102,11 +118,14 @@ def load_model_config(name: str) -> PretrainedConfig:
     """Its configuration alone.
 
     Raises:
-        ArgumentError: as `load_model`.
+        ArgumentError, StateError: as `load_model`.
     """
     from transformers import AutoConfig
 
+    from modelopt_sparse.integrations.hf_loading import check_configuration
+
     with blaming(name):
+        check_configuration(name, {})
         config: PretrainedConfig = AutoConfig.from_pretrained(name)
     return config
 
@@ -130,6 +149,9 @@ def blaming(name: str) -> Iterator[None]:
         yield
     except SparseAttentionError:
         raise  # it says itself what is wrong
-    except (OSError, ValueError, KeyError) as error:
+    except _BLAMED as error:
         takes = "a folder or hub name of a causal language model that transformers can load"
-        raise ArgumentError(describe("MODEL", repr(name), takes, str(error))) from error
+        problem = " ".join(str(error).split())[:1000] or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            problem = f"Not there: {problem}"
+        raise ArgumentError(describe("MODEL", repr(name), takes, problem)) from error

@@ -47,7 +47,7 @@ TextOption = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="Text of your own; give it as often as you have files. Made-up prompts if none.",
+        help="Text of your own, in UTF-8; give it as often as you have files. Made-up prompts if none.",
         exists=True,
         dir_okay=False,
     ),

@@ -14,7 +14,7 @@ from .comparison import Measure, compare
 from .loading import import_libraries, load_model, on_gpu
 from .options import MODEL_HELP, ConfigOption, JsonOption, Preset, PresetOption, chosen_config
 from .reporting import reporting
-from .texts import text_windows
+from .texts import read_words, text_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def command(
         Path | None,
         typer.Option(
             "--text",
-            help="Text to score; Python's own sources if none.",
+            help="Text to score, in UTF-8; Python's own sources if none.",
             exists=True,
             dir_okay=False,
         ),
@@ -61,7 +61,7 @@ def command(
         import_libraries()
         chosen = chosen_config(preset, config)
         loaded = on_gpu(load_model(name))
-        words = python_sources(16 * windows * (length + 1)) if text is None else text.read_text()
+        words = python_sources(16 * windows * (length + 1)) if text is None else read_words(text)
         rows = text_windows(name, loaded, words, length, windows)
         pieces = [partial(bits_per_token, loaded, row) for row in rows]
         measure = {"bits per token": Measure(pieces)}

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from modelopt_sparse.errors import ArgumentError, describe
+from modelopt_sparse.files import read_text
 from modelopt_sparse.kernels import Plan, SkipSoftmax
 
 from . import baselines
@@ -50,10 +51,12 @@ def capture(source: Source, length: int, setting: Setting) -> Inputs:
     """What each layer's attention is given for the first tokens of the text, a sequence a layer.
 
     Raises:
-        ArgumentError: the text is shorter.
+        ArgumentError: the text is shorter, or not UTF-8.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(source.model, local_files_only=True)
-    ids = tokenizer(source.text.read_text(), return_tensors="pt").input_ids[:, :length]
+    ids = tokenizer(read_text(source.text, "--text", ArgumentError), return_tensors="pt").input_ids[
+        :, :length
+    ]
     if ids.shape[1] < length:
         raise ArgumentError(describe("text", f"{ids.shape[1]} tokens", f"at least {length}"))
     found: list[tuple[Tensor, Tensor, Tensor]] = []

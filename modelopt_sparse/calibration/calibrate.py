@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.errors import ArgumentTypeError, ConfigError, describe
@@ -87,7 +87,9 @@ def _run(model: nn.Module, config: CalibrationConfig, data: Data) -> None:
             raise ConfigError(describe("calibration.chunk_size", config.chunk_size, takes))
         data(model)
         return
-    if data is not None and not isinstance(data, Iterable):
+    is_one = isinstance(data, Tensor | Mapping | str)
+    if is_one or not isinstance(data, Iterable | None):
         takes = "a function of the model, an iterable of batches, or None"
-        raise ArgumentTypeError(describe("forward_loop", repr(data)[:100], takes))
+        remedy = "Put a single batch in a list." if is_one else ""
+        raise ArgumentTypeError(describe("forward_loop", repr(data)[:100], takes, remedy))
     run_prompts(model, prompts(model, config) if data is None else data, config)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.files import read_text
 
 from .tasks import make_task
 
@@ -67,7 +68,7 @@ def prompts(
         seed: other ones give other samples; of files, parts that begin elsewhere.
 
     Raises:
-        ConfigError: there is no tokenizer, a file is empty, or as `fitting`.
+        ConfigError: there is no tokenizer, a file is empty or not UTF-8, or as `fitting`.
         FileNotFoundError: a file isn't there.
     """
     tokenizer = _tokenizer(model, config.tokenizer)
@@ -161,7 +162,7 @@ def _many(tokenizer: Any, parts: Iterator[str]) -> Iterator[int]:
 
 def _parts(path: str, start: float) -> Iterator[str]:
     """The file from a place between 0, its beginning, and 1 on, and round and round."""
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    text = read_text(Path(path), "calibration.text_files", ConfigError)
     if not text.strip():
         raise ConfigError(describe("calibration.text_files", f"{path!r}, which is empty", "text"))
     position = int(start * len(text))

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from modelopt_sparse.errors import ConfigError, describe, shown
+from modelopt_sparse.methods.base import nearest, not_a_field
 from modelopt_sparse.methods.calibrated import PhaseName, Share
 from modelopt_sparse.methods.fields import not_taken
 
@@ -119,6 +120,14 @@ class CalibrationConfig(BaseModel):
     num_decode_tokens: _Count = 8
     text_files: tuple[StrictStr, ...] | None = None
     tokenizer: StrictStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_fields_only(cls, data: Any) -> Any:
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in cls.model_fields:
+                raise ConfigError(not_a_field(cls, key, nearest(key, cls.model_fields)))
+        return data
 
     @model_validator(mode="before")
     @classmethod

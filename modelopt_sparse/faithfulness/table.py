@@ -53,7 +53,10 @@ def _modules(comparison: Comparison) -> Table:
     overall = "no tiles were counted"
     if comparison.sparsity is not None:
         overall = f"{comparison.sparsity:.1%} of tiles skipped"
-    caption = "Error: of all heads; of the worst. Mass: its mean; the largest of a row"
+    caption = (
+        "Above: the error of all heads, and the mean dropped mass. "
+        "Below: the error of the worst head, and the largest mass of a row"
+    )
     table = Table(title=f"{len(comparison.modules)} modules, {overall}", caption=caption)
     table.add_column("module", overflow="fold")
     for name in ("skipped", "error", "dropped mass", "at most"):

@@ -30,6 +30,8 @@ _IMPLEMENTATIONS = frozenset(
     for kind in ("attn", "experts")
     for suffix in ("", "_internal")
 )
+# By these it takes values from other keys and files than those that are looked at here.
+_ELSEWHERE = frozenset({"attribute_map", "configuration_files"})
 _HUB = (
     "cache_dir",
     "force_download",
@@ -60,7 +62,9 @@ def load_checkpoint(
     if Path(path).is_absolute() and not Path(path).exists():
         raise FileNotFoundError(path)
     options = {"use_safetensors": True, "trust_remote_code": False, **kwargs}
-    _check_files(Path(path), options)
+    check_configuration(path, options)
+    if options["use_safetensors"]:
+        _check_has_safetensors(Path(path), options)
     wants_info = options.pop("output_loading_info", False)
     try:
         model, info = loader(path, *args, output_loading_info=True, **options)
@@ -81,13 +85,22 @@ def load_checkpoint(
     return model
 
 
-def _check_files(path: Path, options: Mapping[str, Any]) -> None:
+def check_configuration(path: str | PathLike[str], options: Mapping[str, Any]) -> None:
+    """Reads config.json as transformers will, and nothing else: before transformers obeys it.
+
+    Args:
+        path: a folder, a configuration file, or the name of a model.
+        options: of ``from_pretrained``.
+
+    Raises:
+        FileNotFoundError, OSError: there is none.
+        StateError: it is malformed, or says what implementation runs, there or elsewhere.
+    """
     hub = {name: options[name] for name in _HUB if name in options}
-    if path.is_dir():
-        folder = path / (hub.get("subfolder") or "")
-        file = folder / "config.json"
-        if options["use_safetensors"] and not any(folder.glob("*.safetensors")):
-            raise FileNotFoundError(folder / "model.safetensors")
+    if Path(path).is_file():
+        file = Path(path)
+    elif Path(path).is_dir():
+        file = _folder(Path(path), options) / "config.json"
     else:
         file = Path(str(cached_file(path, "config.json", **hub)))
     content = read_bytes(file, MAX_CONFIG_BYTES, StateError)
@@ -97,10 +110,20 @@ def _check_files(path: Path, options: Mapping[str, Any]) -> None:
         raise StateError(f"{file}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise StateError(describe(str(file), shown(config), "a mapping"))
-    _check_names_no_implementation(file, config)
+    _check_keys(file, config)
 
 
-def _check_names_no_implementation(file: Path, config: Mapping[str, Any]) -> None:
+def _folder(path: Path, options: Mapping[str, Any]) -> Path:
+    return path / (options.get("subfolder") or "")
+
+
+def _check_has_safetensors(path: Path, options: Mapping[str, Any]) -> None:
+    folder = _folder(path, options)
+    if path.is_dir() and not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(folder / "model.safetensors")
+
+
+def _check_keys(file: Path, config: Mapping[str, Any]) -> None:
     left: list[Any] = [config]
     while left:
         value = left.pop()
@@ -109,6 +132,9 @@ def _check_names_no_implementation(file: Path, config: Mapping[str, Any]) -> Non
                 remedy = "Remove it, and name one when you load."
                 takes = "a file that leaves implementations to who loads it"
                 raise StateError(describe(str(file), sorted(named)[0], takes, remedy))
+            if other := _ELSEWHERE & value.keys():
+                takes = "a file with all that it says, under the names that it has"
+                raise StateError(describe(str(file), sorted(other)[0], takes))
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)

@@ -85,14 +85,17 @@ class SparseMethodConfig(BaseModel):
 
     @classmethod
     def _unknown_key(cls, key: object) -> str:
-        message = (
-            f"{str(key)[:100]}: not a field of {cls.__name__}; takes {', '.join(cls.model_fields)}."
-        )
         if key == "calibration":
-            return f"{message} Put it beside sparse_cfg, for it is about all rules."
+            return f"{not_a_field(cls, key)} Put it beside sparse_cfg, for it is about all rules."
         near = nearest(key, [*cls.abandoned, *cls.model_fields, *cls.aliases])
-        near = cls.abandoned.get(str(near), near)
-        return message + (f" Did you mean {near}?" if near else "")
+        return not_a_field(cls, key, cls.abandoned.get(str(near), near))
+
+
+def not_a_field(config: type[BaseModel], key: object, near: str | None = None) -> str:
+    """What is said of a key that `config` has no field for; `near` is what it may stand for."""
+    fields = ", ".join(config.model_fields)
+    said = f"{str(key)[:100]}: not a field of {config.__name__}; takes {fields}."
+    return said + (f" Did you mean {near}?" if near else "")
 
 
 def nearest(key: object, names: Iterable[str]) -> str | None:

@@ -352,6 +352,11 @@ def test_what_is_not_taken_says_so(model, calibrated):
         mtsa.calibrate(model, {"target_error": {"prefill": True}})
     with pytest.raises(ArgumentTypeError, match="forward_loop: got 3"):
         mtsa.calibrate(model, SMALL, 3)
+    for single in (source(600), {"input_ids": source(600)}):
+        with pytest.raises(
+            ArgumentTypeError, match=r"(?s)forward_loop: .* Put a single batch in a list"
+        ):
+            mtsa.calibrate(model, SMALL, single)
     with pytest.raises(ArgumentTypeError, match="a batch to calibrate with"):
         mtsa.calibrate(model, SMALL, ["text"])
     with pytest.raises(ArgumentTypeError, match="not empty"):
@@ -397,6 +402,22 @@ def test_prompts_are_no_longer_than_the_model_takes(model):
     model.config.max_position_embeddings = 40
     with pytest.raises(ConfigError, match=r"max_seqlen: got 38; takes at least \d+ tokens"):
         mtsa.calibrate(model, one)
+
+
+def test_prompts_of_a_file_are_its_text_without_a_byte_order_mark(tmp_path):
+    path = tmp_path / "text.txt"
+    config = CalibrationConfig(samples=1, tokenizer=str(MODEL), text_files=(str(path),))
+
+    def made(content):
+        path.write_bytes(content)
+        return next(prompts(nn.Linear(1, 1), config))
+
+    text = "naïve café " * 1000
+    assert torch.equal(made(text.encode("utf-8-sig")), made(text.encode()))
+    with pytest.raises(
+        ConfigError, match=r"text_files: got '.*text\.txt', whose bytes aren't UTF-8"
+    ):
+        made(text.encode("latin-1"))
 
 
 def test_tokens_that_the_model_does_not_know_are_refused():

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import modelopt_sparse as mtsa
 import modelopt_sparse_cli
 from modelopt_sparse_cli import app, bench, doctor, loading, options, quickstart
+from modelopt_sparse_cli.interrupts import interrupted_afterwards
 from tests.cpu.tiny import SKIP, logits, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +94,20 @@ def test_no_file_imports_anything_heavy_outside_of_a_function(path):
 def test_help_says_what_exit_codes_mean():
     said = " ".join(run("--help").stdout.split())
     assert "0 done; 1 the check found a problem; 2 wrong usage" in said and "130" in said
+
+
+def test_the_version_is_told_at_once():
+    done = started(HELP, "--version")
+    assert done.stdout == f"modelopt-sparse {mtsa.__version__}\nimported: [] exit: 0\n", done.stderr
+    assert "--version" in run("--help").stdout
+
+
+def test_the_version_of_a_clone_that_is_not_installed(monkeypatch):
+    def missing(name):
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", missing)
+    assert run("--version").stdout == f"modelopt-sparse {mtsa.__version__}\n"
 
 
 def test_python_m_is_the_command():
@@ -217,6 +233,87 @@ def test_a_process_that_is_killed_leaves_no_output(number, checkpoint, tmp_path)
         assert os.listdir(tmp_path) == ["dense"]
 
 
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupting:
+    # Ctrl-C while what `sys.argv` names last is imported.
+
+    name = sys.argv.pop()
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("sent", file=sys.stderr)
+
+sys.meta_path.insert(0, Interrupting())
+from modelopt_sparse_cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("library", ["numpy.linalg", "torch._C"])
+def test_an_interrupt_while_libraries_are_imported(library, checkpoint):
+    done = started(INTERRUPTED, "explain", checkpoint, "--preset", "skip_softmax", library)
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr.splitlines()[-2:] == ["sent", "Interrupted."]
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_is_interrupted_alike():
+    done = started(INTERRUPTED, "doctor", "numpy.linalg")
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+BEGINNING = """
+import typer.main, modelopt_sparse_cli
+
+def interrupted(app):
+    raise KeyboardInterrupt
+
+typer.main.get_command = interrupted
+modelopt_sparse_cli.main()
+"""
+
+
+def test_an_interrupt_before_there_is_a_command():
+    done = started(BEGINNING, "--help")
+    assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
+
+
+def test_interrupts_are_as_before_after_they_were_held_back():
+    before = signal.getsignal(signal.SIGINT)
+    ran = []
+    with pytest.raises(KeyboardInterrupt), interrupted_afterwards():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        ran.append(True)
+    assert ran and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(OSError, match="of the block"), interrupted_afterwards():
+        signal.raise_signal(signal.SIGINT)
+        raise OSError("of the block")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interrupts_that_are_ignored_stay_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupted_afterwards():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_another_thread_libraries_are_imported_as_they_are():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run("bench", "--list").exit_code))
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
 # errors
 
 
@@ -225,6 +322,79 @@ def test_a_model_that_is_not_there(tmp_path):
         output = ["--output", tmp_path / "out"] * (command == "sparsify")
         done = run(command, tmp_path / "nowhere", "--preset", "skip_softmax", *output)
         assert failed(done, 2, "Error: MODEL: got", "nowhere")
+
+
+# Every command that takes a model, with all that it needs to load it.
+LOADING = {
+    "quickstart": (),
+    "sparsify": ("--preset", "skip_softmax", "--output"),
+    "calibrate": ("--preset", "skip_softmax", "--output"),
+    "eval": ("--preset", "skip_softmax"),
+    "report": ("--preset", "skip_softmax", "--output"),
+    "explain": ("--preset", "skip_softmax"),
+    "export": (),
+}
+
+
+def loading_of(name, folder, tmp_path, options=None):
+    """Runs a command of `LOADING` with a model."""
+    options = LOADING[name] if options is None else options
+    return run(name, folder, *options, *[tmp_path / "out"] * ("--output" in options))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["_attn_implementation"],
+        ["attn_implementation"],
+        ["attn_implementation", "_attn_implementation"],
+    ],
+    ids="+".join,
+)
+@pytest.mark.parametrize("name", LOADING)
+def test_a_checkpoint_does_not_choose_the_implementation(name, keys, checkpoint, tmp_path):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | dict.fromkeys(keys, "someone/kernel")))
+    done = loading_of(name, checkpoint, tmp_path)
+    assert failed(done, 2, "attn_implementation; takes a file that leaves implementations")
+    assert sorted(tmp_path.iterdir()) == [checkpoint]
+
+
+@pytest.mark.parametrize("name", ["calibrate", "eval", "report", "export"])
+def test_a_sparse_checkpoint_does_not_either(name, tmp_path):
+    mtsa.sparsify(tiny_llama(), SKIP).save_pretrained(tmp_path / "sparse")
+    path = tmp_path / "sparse/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"_attn_implementation": "someone/kernel"}))
+    options = [option for option in LOADING[name] if option == "--output"]
+    done = loading_of(name, tmp_path / "sparse", tmp_path, options)
+    assert failed(done, 2, "attn_implementation; takes a file that leaves implementations")
+
+
+@pytest.mark.parametrize("depth", [100_000, 900], ids=["by the file", "by transformers"])
+@pytest.mark.parametrize("name", LOADING)
+def test_a_configuration_that_is_nested_too_deeply(name, depth, checkpoint, tmp_path):
+    path = checkpoint / "config.json"
+    opened = path.read_text().rstrip().removesuffix("}")
+    path.write_text(f'{opened}, "x": {"[" * depth}{"]" * depth}}}')
+    done = loading_of(name, checkpoint, tmp_path)
+    assert failed(done, 2, "Error: ", str(checkpoint)) and done.stderr.count("\n") == 1
+
+
+def test_a_configuration_with_other_things_than_numbers(checkpoint):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 0}))
+    done = run("explain", checkpoint, "--preset", "skip_softmax")
+    assert failed(done, 2, "Error: MODEL: got") and done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_is_no_checkpoint_and_a_configuration_without_weights(checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = run("explain", tmp_path / "empty", "--preset", "skip_softmax")
+    assert failed(done, 2, "Error: MODEL: got", "Not there", "config.json")
+    done = run("explain", checkpoint / "config.json", "--preset", "skip_softmax", "--json")
+    assert json.loads(done.stdout)["modules"]
 
 
 def test_one_of_preset_and_config(checkpoint, tmp_path):

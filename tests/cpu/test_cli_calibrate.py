@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modelopt_sparse as mtsa
 from modelopt_sparse.calibration import prompts as prompts_file
 from modelopt_sparse.module_state import sparse_modules
+from modelopt_sparse_cli import app, texts
 from tests.cpu.bundled import LAYERS, MODEL, dense_model, source
 from tests.cpu.test_cli import ROOT, failed, run
 from tests.cpu.tiny import tiny_llama
@@ -44,6 +48,66 @@ def calibrated(dense, tmp_path_factory):
 def thresholds(folder):
     model = mtsa.from_pretrained(AutoModelForCausalLM, folder)
     return [module.method.config for _, module in sparse_modules(model)]
+
+
+def with_errors(folder, copy, **errors):
+    """A copy of a checkpoint whose formulas are off by so many points, by phase."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    for module in config["sparse_attention_config"]["metadata"]["modules"].values():
+        for phase, points in errors.items():
+            key = f"skip_softmax_{'decode_' * (phase == 'decode')}threshold"
+            module["fields"][key]["formula"]["worst_error"] = points
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+# what docs/command.md says
+
+PAGE = (ROOT / "docs/command.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    name: keys for name, keys in re.findall(r"^\| `(\w+)` \| (.*?) \|", PAGE, re.MULTILINE)
+}
+SHORT = "--length", 600, "--samples", 1
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_page_has_the_keys_of_each_document(name, calibrated, dense, tmp_path):
+    preset = "--preset", "skip_softmax"
+    arguments = {
+        "quickstart": (dense, "--length", 200, "--windows", 1),
+        "sparsify": (dense, *preset, "--output", tmp_path / "out"),
+        "calibrate": (dense, *preset, "--output", tmp_path / "out", *QUICK),
+        "eval": (calibrated[0], *SHORT),
+        "report": (calibrated[0], *SHORT, "--output", tmp_path / "out.html"),
+        "export": (with_errors(calibrated[0], tmp_path / "copy", prefill=0.0, decode=0.0),),
+        "explain": (dense, *preset),
+        "doctor": (),
+    }
+    done = run(name, *arguments[name], "--json")
+    assert done.exit_code == 0, done.output
+    assert list(json.loads(done.stdout)) == re.findall(r"`(\w+)`", DOCUMENTS[name])
+
+
+def test_every_command_with_a_document_is_in_the_table():
+    assert {*DOCUMENTS, "bench"} == set(typer.main.get_command(app).commands)
+
+
+def headings_in(text):
+    lines = (line.strip() for line in text.splitlines())
+    return [[x.strip() for x in line.strip("┃").split("┃")] for line in lines if line[:1] == "┃"]
+
+
+@pytest.mark.parametrize("name", ["calibrate", "eval"])
+def test_tables_of_the_page_are_those_of_the_command(name, calibrated, dense, tmp_path):
+    section = PAGE.partition(f"\n## {name.capitalize()}\n")[2].partition("\n## ")[0]
+    headings = headings_in(section)
+    options = {
+        "calibrate": (dense, "--preset", "skip_softmax", "--output", tmp_path / "out", *QUICK),
+        "eval": (calibrated[0], *SHORT),
+    }
+    done = run(name, *options[name])
+    assert headings and all(heading in headings_in(done.stdout) for heading in headings)
 
 
 # calibrate
@@ -221,6 +285,12 @@ def test_what_calibrate_does_not_take(dense, tmp_path):
     assert failed(run(*arguments, *preset, "--max-seqlen", 100), 2, "calibration.max_seqlen")
     assert failed(run(*arguments, *preset, "--target-sparsity", 1), 2, "target_sparse_ratio")
     assert failed(run(*arguments, "--preset", "sparse_softmax", *QUICK), 2, "methods that skip")
+    assert failed(run(*arguments, *preset, "--decode-sparsity", -0.1), 2, "greater than or equal")
+    # All this is said before a model is loaded.
+    arguments = "calibrate", tmp_path / "nowhere", "--output", tmp_path / "o"
+    for option, value in (("--target-sparsity", 1), ("--target-error", 0), ("--chunk-size", 3)):
+        done = run(*arguments, *preset, option, value)
+        assert failed(done, 2, "Error: calibration."), option
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("")
     mine = "--output", tmp_path / "mine"
@@ -232,14 +302,16 @@ def test_what_calibrate_does_not_take(dense, tmp_path):
 
 
 def test_eval_is_compare_on_windows_of_the_texts(calibrated, tmp_path):
-    (tmp_path / "a.txt").write_text("a b c " * 300)
-    options = "--text", TEXT, "--text", tmp_path / "a.txt", "--length", 600, "--samples", 2
+    files = tmp_path / "a.txt", tmp_path / "b.txt"
+    files[0].write_text("a b c " * 300)
+    files[1].write_text(TEXT.read_text()[:9000])
+    options = "--text", files[0], "--text", files[1], "--length", 600, "--samples", 2
     done = run("eval", calibrated[0], *options, "--json")
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     batches = []
-    for path in (TEXT, tmp_path / "a.txt"):
+    for path in files:
         ids = tokenizer(path.read_text(), return_tensors="pt", verbose=False)["input_ids"]
         batches += [ids[:, :601], ids[:, -601:]]
     wanted = mtsa.compare(mtsa.from_pretrained(AutoModelForCausalLM, calibrated[0]), batches)
@@ -251,6 +323,7 @@ def test_eval_of_a_dense_checkpoint_on_made_up_prompts(dense):
     options = "--preset", "skip_softmax", "--length", 300, "--samples", 2
     done = run("eval", dense, *options)
     assert done.exit_code == 0, done.output
+    assert "Error" not in done.output
     assert "598 tokens of 2 sequences" in done.stdout and "bits per token" in done.stdout
     assert "model.layers.2.self_attn" in done.stdout
 
@@ -280,11 +353,87 @@ def test_what_eval_does_not_take(dense, tmp_path):
     assert failed(run("eval", tmp_path / "tiny", *preset, "--length", 200), 2, "tokenizer")
 
 
+# texts
+
+
+@pytest.mark.parametrize("content", ["caf\xe9".encode("latin-1"), bytes(range(256))])
+@pytest.mark.parametrize("name", ["quickstart", "eval", "calibrate", "report"])
+def test_a_text_that_is_not_utf_8(name, content, dense, tmp_path):
+    (tmp_path / "text.txt").write_bytes(content * 1000)
+    options = "--preset", "skip_softmax", "--text", tmp_path / "text.txt"
+    output = ["--output", tmp_path / "out"] * (name in ("calibrate", "report"))
+    done = run(name, dense, *options, *output)
+    assert failed(done, 2, "text", "text.txt', whose bytes aren't UTF-8; takes text in UTF-8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_is_no_text(dense, tmp_path):
+    documents = []
+    for mark in ("", "\ufeff"):
+        (tmp_path / "text.txt").write_text(mark + TEXT.read_text(), encoding="utf-8")
+        options = "--preset", "skip_softmax", "--length", 200, "--samples", 1
+        done = run("eval", dense, "--text", tmp_path / "text.txt", *options, "--json")
+        documents.append(json.loads(done.stdout))
+    assert documents[0] == documents[1]
+
+
+class Words:
+    """A tokenizer of words that are numbers. It counts what it is given."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __call__(self, text, add_special_tokens, verbose):
+        self.given += len(text)
+        return {"input_ids": [0] * add_special_tokens + [int(word) for word in text.split()]}
+
+
+def windows(monkeypatch, words, length, count):
+    """The words of each window, and how many characters became tokens."""
+    tokenizer = Words()
+    monkeypatch.setattr(texts, "find_tokenizer", lambda name: tokenizer)
+    found = texts.text_windows("any", tiny_llama(), words, length, count)
+    assert all(ids.shape == (1, length + 1) for ids in found)
+    return [ids[0].tolist() for ids in found], tokenizer.given
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_of_a_long_text_only_what_is_needed_becomes_tokens(count, monkeypatch):
+    words = " ".join(map(str, range(100_000, 200_000)))
+    found, given = windows(monkeypatch, words, 99, count)
+    assert given == 16 * 100 * count < len(words) / 10
+    assert found == windows(monkeypatch, words, 99, count)[0]
+    # The first is the text's beginning, with the token that a text begins with; the last is near its end.
+    assert found[0] == [0, *range(100_000, 100_099)]
+    assert count == 1 or found[-1][-1] > 199_000
+    # In between there is at most a word that is cut; and no window has a word of another.
+    inside = [window[1:] for window in found]
+    assert all(window == list(range(window[0], window[0] + 99)) for window in inside)
+    assert all(early[-1] < late[0] for early, late in pairwise(inside))
+
+
+def test_a_long_text_with_few_tokens_has_windows_that_do_not_overlap(monkeypatch):
+    words = (" " * 100).join(map(str, range(400)))
+    found, given = windows(monkeypatch, words, 99, 4)
+    assert found[0] == [0, *range(99)] and found[-1] == list(range(300, 400))
+    assert all(early[-1] < late[0] for early, late in pairwise(found))
+    assert given > len(words)
+
+
+def test_windows_overlap_where_the_text_has_no_more(monkeypatch):
+    found, _ = windows(monkeypatch, " ".join(map(str, range(119))), 99, 3)
+    assert found == [[0, *range(99)], list(range(9, 109)), list(range(19, 119))]
+    with pytest.raises(
+        mtsa.SparseAttentionError, match="got a text of 99 tokens; takes at least 100"
+    ):
+        windows(monkeypatch, " ".join(map(str, range(98))), 99, 3)
+
+
 # export
 
 
 def test_export_prints_and_writes_what_export_in_python_does(calibrated, tmp_path):
-    folder = calibrated[0]
+    folder = with_errors(calibrated[0], tmp_path / "copy", prefill=3.0, decode=None)
     model = mtsa.from_pretrained(AutoModelForCausalLM, folder)
     wanted = mtsa.export_sparse_attention_config(model)
     for options in ((), ("--json",)):
@@ -299,6 +448,29 @@ def test_export_prints_and_writes_what_export_in_python_does(calibrated, tmp_pat
     assert run("export", folder, "--output", path, "--force").exit_code == 0
     assert [x.name for x in path.parent.iterdir()] == ["export.json"]
     assert json.loads(path.read_text()) == wanted
+
+
+def test_a_formula_that_is_off_is_said(calibrated, tmp_path):
+    folder = with_errors(calibrated[0], tmp_path / "off", prefill=12.5, decode=3.0)
+    done = run("export", folder)
+    wanted = json.loads(done.stdout)
+    (line,) = (line for line in done.stderr.splitlines() if "Warning" in line)
+    assert "in prefill the formula is off by up to 12.5 points of sparsity" in line
+    done = run("export", folder, "--output", tmp_path / "export.json", "--json")
+    assert json.loads(done.stdout) == wanted | {"worst_error": {"prefill": 12.5}}
+    assert "Warning: in prefill" in done.stderr
+    # The file is what engines take.
+    assert json.loads((tmp_path / "export.json").read_text()) == wanted
+
+
+def test_a_formula_that_is_not_used_is_not_spoken_of(calibrated, tmp_path):
+    folder = with_errors(calibrated[0], tmp_path / "off", prefill=12.5, decode=None)
+    model = mtsa.from_pretrained(AutoModelForCausalLM, folder)
+    mtsa.set_sparsity(model, {"prefill": 0.0})
+    model.save_pretrained(tmp_path / "dense prefill")
+    done = run("export", tmp_path / "dense prefill", "--json")
+    assert done.exit_code == 0 and "worst_error" not in json.loads(done.stdout)
+    assert "Warning" not in done.stderr
 
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["new", "force"])

@@ -11,7 +11,9 @@ import sys
 from functools import cache
 
 import pytest
+import typer.main
 
+from modelopt_sparse_cli import app
 from tests.blocks import ROOT
 
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -71,6 +73,13 @@ def test_a_command_of_a_page_exists_and_takes_its_options(words):
         assert words[1] in TARGETS
     elif words[0] not in ("pip", "apt-get"):
         assert not unknown(words)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/command.md"])
+def test_a_page_about_the_command_has_every_subcommand(page):
+    block = _BLOCK.search((ROOT / page).read_text().partition("# The command")[2])[1]
+    shown = [shlex.split(line)[1] for line in block.splitlines()]
+    assert sorted(shown) == sorted(typer.main.get_command(app).commands)
 
 
 def test_an_option_that_is_not_there_is_seen():

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from modelopt_sparse.config import SparseAttentionConfig
+from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.errors import ConfigError
 from modelopt_sparse.methods import (
     FlashSkipSoftmaxConfig,
@@ -148,6 +149,26 @@ def test_a_calibration_stands_beside_the_rules_or_among_them():
         SparseAttentionConfig(sparse_cfg={"*": SKIP_RULE, "calibration": said}, calibration=said)
     with pytest.raises(ConfigError, match=r"calibration\.samples"):
         SparseAttentionConfig(sparse_cfg={"*": SKIP_RULE}, calibration={"samples": True})
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("threshold_for", " Did you mean thresholds_for?"),
+        ("max_len", " Did you mean max_seqlen?"),
+        ("x1y2", ""),
+    ],
+)
+def test_a_key_that_a_calibration_does_not_have_names_the_nearest(key, hint):
+    fields = ", ".join(CalibrationConfig.model_fields)
+    said = f"calibration.{key}: not a field of CalibrationConfig; takes {fields}.{hint}"
+    for load in (
+        lambda: CalibrationConfig.load({key: 1}),
+        lambda: SparseAttentionConfig(sparse_cfg={"*": SKIP_RULE}, calibration={key: 1}),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            load()
+        assert str(refusal.value) == said
 
 
 @pytest.mark.parametrize("field", ["br", "sparsity_n", "thresholds", "num_sink_tokens"])

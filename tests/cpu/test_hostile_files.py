@@ -212,6 +212,21 @@ def test_a_file_does_not_choose_the_implementation(changes, saved, tmp_path):
         mtsa.from_pretrained(LlamaForCausalLM, tmp_path)
 
 
+def test_a_file_does_not_choose_the_implementation_under_another_name(saved, tmp_path):
+    renamed = {"attribute_map": {"tag": "_attn_implementation"}, "tag": "someone/kernel"}
+    _checkpoint(saved, tmp_path, **renamed)
+    with pytest.raises(mtsa.StateError, match="got attribute_map"):
+        mtsa.from_pretrained(LlamaForCausalLM, tmp_path)
+
+
+def test_a_file_does_not_choose_the_implementation_in_another_file(saved, tmp_path):
+    _checkpoint(saved, tmp_path, _attn_implementation="someone/kernel")
+    (tmp_path / "config.json").rename(tmp_path / "config.4.0.0.json")
+    _checkpoint(saved, tmp_path, configuration_files=["config.4.0.0.json"])
+    with pytest.raises(mtsa.StateError, match="got configuration_files"):
+        mtsa.from_pretrained(LlamaForCausalLM, tmp_path)
+
+
 def test_a_checkpoint_runs_no_code(saved, tmp_path):
     _checkpoint(saved, tmp_path, model_type="unknown", auto_map={"AutoConfig": "code.Config"})
     (tmp_path / "code.py").write_text("raise SystemExit('it ran')")

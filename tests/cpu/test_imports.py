@@ -55,7 +55,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"integrations", "methods", "modes", "module", "module_state", "stats"},
     "export": {"methods", "models", "modes", "module", "module_state"},
     "calibration": {
-        "calls", "config", "faithfulness", "kernels", "methods", "modes", "module", "module_state",
+        "calls", "config", "faithfulness", "files", "kernels", "methods", "modes", "module",
+        "module_state",
     },
     "sparse_parts": {
         "config", "convert", "integrations", "models", "modes", "module", "module_state", "patterns",
@@ -67,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "report_html": {
         "bench", "calibration", "faithfulness", "methods", "module_state", "version",
     },
-    "bench": {"integrations", "kernels", "report", "sparse_mode", "version"},
+    "bench": {"files", "integrations", "kernels", "report", "sparse_mode", "version"},
 }  # fmt: skip
 # Of other packages, what each part does without.
 WITHOUT: dict[str, set[str]] = {
