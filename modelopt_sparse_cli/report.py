@@ -96,14 +96,25 @@ def skips_in_decode(model: PreTrainedModel) -> bool:
 
 
 def _check(model: PreTrainedModel, batches: list[Tensor], bar: Any) -> CalibrationCheck | None:
-    """Target against achieved on the same prompts, whole and halved twice; None if nothing is calibrated."""
+    """Target against achieved on the same prompts, whole and halved twice.
+
+    None if nothing is calibrated, or all of them are shorter than what was.
+    """
     import modelopt_sparse as mtsa
+    from modelopt_sparse.methods.calibrated import SkipSoftmaxConfig
+    from modelopt_sparse.methods.fields import least_context
+    from modelopt_sparse.module_state import sparse_modules
 
     from .fitted import fitted_thresholds
 
     if not any(row["target"] for row in fitted_thresholds(model)):
         return None
-    parts = [ids[:, : ids.shape[1] >> halved] for halved in range(3) for ids in batches]
+    configs = (module.method.config for _, module in sparse_modules(model))
+    least = min(least_context(x.min_context) for x in configs if isinstance(x, SkipSoftmaxConfig))
+    halves = [ids[:, : ids.shape[1] >> halved] for halved in range(3) for ids in batches]
+    parts = [ids for ids in halves if ids.shape[1] >= least]
+    if not parts:
+        return None
     return mtsa.check_calibration(model, bar.track(parts, description="target against achieved"))
 
 

@@ -98,14 +98,14 @@ def prompts(
 
 
 def held_out_prompts(model: nn.Module, config: CalibrationConfig) -> Iterator[Tensor]:
-    """Prompts that `prompts` doesn't make by itself: other samples, of lengths between its own.
+    """Prompts that `prompts` doesn't make by itself: other samples, of as many lengths, between its own.
 
     Raises:
         ConfigError: as `prompts`.
     """
     own = _halves(fitting(model, config).max_seqlen)
-    between = [length * 3 // 4 for length in own if length * 3 // 4 >= LEAST]
-    return prompts(model, config, HELD_OUT, between or own)
+    between = [own[0] * 7 // 8, *(length * 3 // 4 for length in own[:-1])] if own[1:] else own
+    return prompts(model, config, HELD_OUT, between)
 
 
 def _check_known(model: nn.Module, ids: Tensor) -> None:

@@ -90,7 +90,8 @@ def test_sequences_shorter_than_those_calibrated_are_dense_and_have_no_row(calib
 def test_made_up_prompts_are_others_than_those_calibrated_on(calibrated, tmp_path):
     config = {"samples": 2, "max_seqlen": 2048, "num_decode_tokens": 1}
     found = mtsa.check_calibration(calibrated, None, config)
-    assert places(found) == [("prefill", 1536, 2), ("decode", 1536, 2)]
+    lengths = (1536, 1792)
+    assert places(found) == [(phase, n, 1) for phase in ("prefill", "decode") for n in lengths]
     single = CalibrationConfig(samples=2, max_seqlen=1024, tokenizer=str(MODEL))
     assert [x.shape[1] for x in held_out_prompts(nn.Linear(1, 1), single)] == [1024, 1024]
     (tmp_path / "text.txt").write_text("".join(f"line {n} " for n in range(40_000)))

@@ -198,6 +198,13 @@ def test_the_command_writes_the_page(checkpoint, tmp_path):
     assert out.read_text() == "mine"
 
 
+def test_windows_shorter_than_what_was_calibrated_have_no_check(checkpoint, tmp_path):
+    short = "--length", 200, "--samples", 1
+    done = run("report", checkpoint, "--output", tmp_path / "report.html", *short, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["check"] is None
+
+
 def test_the_command_refuses_what_are_no_times_before_it_loads_anything(checkpoint, tmp_path):
     (tmp_path / "rows.json").write_text("[]")
     options = "--output", tmp_path / "r.html", "--bench", tmp_path / "rows.json"
