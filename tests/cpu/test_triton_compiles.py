@@ -17,9 +17,8 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the kernels
 
 # A few that differ in most: seconds for each.
 FEW = [
-    ("sm_90", ["dense", "skip", "4:8+given", "splits skip"]),
+    ("sm_90", ["dense", "skip"]),
     ("sm_80", ["grids+exact"]),
-    ("gfx942", ["skip"]),
 ]
 KINDS = [
     "dense", "skip", "2:4+skip", "given", "grids+skip", "exact", "bounds+skip", "splits skip", "dim 64",
