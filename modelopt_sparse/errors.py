@@ -49,3 +49,8 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an int of thousands of digits
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def shown_key(key: object) -> str:
+    """A key as messages name it: short, and printable though YAML may have halves of characters."""
+    return str(key)[:100].encode(errors="backslashreplace").decode()

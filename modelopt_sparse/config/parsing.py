@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from modelopt_sparse.errors import ConfigError, describe, shown
+from modelopt_sparse.errors import ConfigError, describe, shown, shown_key
 from modelopt_sparse.methods.base import SparseMethodConfig, nearest
 from modelopt_sparse.methods.registry import sparse_method, sparse_methods
 from modelopt_sparse.patterns import check_pattern, expand, pattern_name
@@ -165,7 +165,7 @@ def _check_not_misspelt(key: Any, configs: Sequence[type[SparseMethodConfig]]) -
     if key not in known:
         near = nearest(key, [*sorted(known), "enable", "method"])
         if near in ("enable", "method"):
-            raise ConfigError(f"{str(key)[:100]}: not a key of a rule. Did you mean {near}?")
+            raise ConfigError(f"{shown_key(key)}: not a key of a rule. Did you mean {near}?")
 
 
 def _place(pattern: object) -> str:

@@ -16,7 +16,7 @@ from pydantic import (
     ValidationError,
 )
 
-from modelopt_sparse.errors import ConfigError, describe, shown
+from modelopt_sparse.errors import ConfigError, describe, shown, shown_key
 from modelopt_sparse.methods.base import nearest
 from modelopt_sparse.patterns import Pattern, Target, matching, names_exactly, pattern_name
 
@@ -251,5 +251,5 @@ def _check_key(key: object) -> None:
     if key not in names:
         near = nearest(key, names)
         remedy = f"Did you mean {near}?" if near else "Patterns go inside sparse_cfg."
-        message = f"{str(key)[:100]}: not a key of a configuration; takes {', '.join(names)}."
+        message = f"{shown_key(key)}: not a key of a configuration; takes {', '.join(names)}."
         raise ConfigError(f"{message} {remedy}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
-from modelopt_sparse.errors import ArgumentTypeError, ConfigError, describe
+from modelopt_sparse.errors import ArgumentTypeError, ConfigError, describe, shown_key
 from modelopt_sparse.kernels.types import Plan
 
 
@@ -94,7 +94,7 @@ class SparseMethodConfig(BaseModel):
 def not_a_field(config: type[BaseModel], key: object, near: str | None = None) -> str:
     """What is said of a key that `config` has no field for; `near` is what it may stand for."""
     fields = ", ".join(config.model_fields)
-    said = f"{str(key)[:100]}: not a field of {config.__name__}; takes {fields}."
+    said = f"{shown_key(key)}: not a field of {config.__name__}; takes {fields}."
     return said + (f" Did you mean {near}?" if near else "")
 
 

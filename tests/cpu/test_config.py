@@ -152,6 +152,21 @@ def test_a_calibration_stands_beside_the_rules_or_among_them():
 
 
 @pytest.mark.parametrize(
+    "source",
+    [
+        {"sparse_cfg": {"*": {"method": SKIP, "\ud800": 1}}},
+        {"sparse_cfg": {"*": {"method": SKIP}}, "calibration": {"\ud800": 1}},
+        {"sparse_cfg": {"*": {"method": SKIP}}, "\ud800": 1},
+    ],
+    ids=["rule", "calibration", "configuration"],
+)
+def test_a_key_that_can_not_be_printed_is_refused_in_words_that_can(source):
+    with pytest.raises(ConfigError) as caught:
+        SparseAttentionConfig.load(source)
+    assert r"\ud800" in str(caught.value) and str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
     ("key", "hint"),
     [
         ("threshold_for", " Did you mean thresholds_for?"),
