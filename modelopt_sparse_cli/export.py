@@ -85,19 +85,13 @@ def without_weights(name: str) -> PreTrainedModel:
 
 def formulas_that_are_off(model: PreTrainedModel) -> dict[str, float]:
     """By phase, the most points of sparsity that a formula is off, if these are more than `POINTS`."""
-    from modelopt_sparse.methods.calibrated import PHASES, CalibratedThreshold, SkipSoftmaxConfig
-    from modelopt_sparse.module_state import sparse_modules
+    from modelopt_sparse.calibration.calibrated import calibrated_phases
 
     found: dict[str, float] = {}
-    for _, module in sparse_modules(model):
-        config = module.method.config
-        if not module.enabled or not isinstance(config, SkipSoftmaxConfig):
-            continue
-        for phase in PHASES:
-            threshold = config.threshold(phase)
-            if isinstance(threshold, CalibratedThreshold) and threshold.target_sparsity:
-                off = threshold.formula and threshold.formula.worst_error
-                found[phase] = max(off or 0.0, found.get(phase, 0.0))
+    for phase, _, module, threshold in calibrated_phases(model):
+        if module.enabled and threshold.target_sparsity and threshold.formula:
+            off = threshold.formula.worst_error or 0.0
+            found[phase] = max(off, found.get(phase, 0.0))
     return {phase: off for phase, off in found.items() if off > POINTS}
 
 

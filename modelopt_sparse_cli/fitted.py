@@ -17,34 +17,26 @@ def fitted_thresholds(model: nn.Module) -> list[dict[str, Any]]:
         ``phase``; ``modules``, their names; ``target``; ``formula``: ``a``, ``b`` and ``worst_error`` in
         points, or None; ``lengths`` that the table has, or None where the formula runs; ``by_head``.
     """
-    from modelopt_sparse.methods.calibrated import PHASES, CalibratedThreshold, SkipSoftmaxConfig
-    from modelopt_sparse.module_state import sparse_modules
+    from modelopt_sparse.calibration.calibrated import calibrated_phases
 
     found: dict[Any, dict[str, Any]] = {}
-    for phase in PHASES:
-        for name, module in sparse_modules(model):
-            config = module.method.config
-            if not isinstance(config, SkipSoftmaxConfig):
-                continue
-            threshold = config.threshold(phase)
-            if not isinstance(threshold, CalibratedThreshold):
-                continue
-            formula, table = threshold.formula, threshold.table
-            same = (
-                phase,
-                formula,
-                threshold.target_sparsity,
-                None if table is None else table.lengths,
-            )
-            row = {
-                "phase": phase,
-                "modules": [],
-                "target": threshold.target_sparsity,
-                "formula": None if formula is None else formula.model_dump(mode="json"),
-                "lengths": None if table is None else list(table.lengths),
-                "by_head": table is not None and isinstance(table.factors[0][0], tuple),
-            }
-            found.setdefault(same, row)["modules"].append(name)
+    for phase, name, _, threshold in calibrated_phases(model):
+        formula, table = threshold.formula, threshold.table
+        same = (
+            phase,
+            formula,
+            threshold.target_sparsity,
+            None if table is None else table.lengths,
+        )
+        row = {
+            "phase": phase,
+            "modules": [],
+            "target": threshold.target_sparsity,
+            "formula": None if formula is None else formula.model_dump(mode="json"),
+            "lengths": None if table is None else list(table.lengths),
+            "by_head": table is not None and isinstance(table.factors[0][0], tuple),
+        }
+        found.setdefault(same, row)["modules"].append(name)
     return list(found.values())
 
 

@@ -12,17 +12,12 @@ from modelopt_sparse.config.calibration import CalibrationConfig
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, ConfigError, describe
 from modelopt_sparse.faithfulness.probe import Probe
 from modelopt_sparse.kernels.types import Phase
-from modelopt_sparse.methods.calibrated import (
-    PHASES,
-    CalibratedThreshold,
-    PhaseName,
-    SkipSoftmaxConfig,
-)
+from modelopt_sparse.methods.calibrated import PHASES, PhaseName
 from modelopt_sparse.modes.apply import check_model
 from modelopt_sparse.module import SparseAttentionModule, counting_anew, observed
-from modelopt_sparse.module_state import sparse_modules
 
 from .bound import COSTS
+from .calibrated import calibrated_phases
 from .check_results import CalibrationCheck, CheckRow
 from .loop import run_prompts, sequences
 from .prompts import held_out_prompts
@@ -102,13 +97,11 @@ def check_calibration(
 
 def _targets(model: nn.Module) -> Shares:
     """The shares of tiles that enabled modules are to skip, where they are calibrated to skip any."""
-    found: Shares = {}
-    for _, module in sparse_modules(model):
-        config = module.method.config
-        for phase in PHASES if module.enabled and isinstance(config, SkipSoftmaxConfig) else ():
-            threshold = config.threshold(phase)
-            if isinstance(threshold, CalibratedThreshold) and threshold.target_sparsity:
-                found[phase, module] = threshold.target_sparsity
+    found = {
+        (phase, module): threshold.target_sparsity
+        for phase, _, module, threshold in calibrated_phases(model)
+        if module.enabled and threshold.target_sparsity
+    }
     if not found:
         remedy = "Call modelopt_sparse.calibrate, with a target above 0."
         takes = "one with an enabled module that is calibrated to skip"

@@ -8,16 +8,11 @@ from xml.etree.ElementTree import Element
 
 from torch import nn
 
+from modelopt_sparse.calibration.calibrated import calibrated_phases
 from modelopt_sparse.calibration.check_results import CalibrationCheck
 from modelopt_sparse.faithfulness.results import Comparison
 from modelopt_sparse.faithfulness.table import token_caption, token_headings, token_rows
-from modelopt_sparse.methods.calibrated import (
-    PHASES,
-    CalibratedThreshold,
-    PhaseName,
-    SkipSoftmaxConfig,
-)
-from modelopt_sparse.module_state import sparse_modules
+from modelopt_sparse.methods.calibrated import CalibratedThreshold, PhaseName
 
 from .curves import curves
 from .elements import el, table
@@ -40,12 +35,8 @@ def quality(found: Comparison) -> list[Element]:
 def calibration(model: nn.Module, check: CalibrationCheck | None) -> list[Element]:
     """Target against achieved, and the curves of each threshold; nothing if none was calibrated."""
     users: dict[tuple[PhaseName, CalibratedThreshold], list[str]] = {}
-    for name, module in sparse_modules(model):
-        config = module.method.config
-        for phase in PHASES if isinstance(config, SkipSoftmaxConfig) else ():
-            threshold = config.threshold(phase)
-            if isinstance(threshold, CalibratedThreshold):
-                users.setdefault((phase, threshold), []).append(name)
+    for phase, name, _, threshold in calibrated_phases(model):
+        users.setdefault((phase, threshold), []).append(name)
     if not users:
         return []
     found = [el("h2", "Calibration")]
