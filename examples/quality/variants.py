@@ -71,15 +71,6 @@ def planned(skip: SkipSoftmax) -> Observer:
     return observe
 
 
-def _presets() -> list[Variant]:
-    # The others decide as two of these do, in the reference, which takes longer.
-    return [
-        Variant(name, config)
-        for name, config in mtsa.PRESETS.items()
-        if config.sparse_cfg["*"]["backend"] == "triton"
-    ]
-
-
 def _in_decode() -> list[Variant]:
     def config(threshold: object, **fields: object) -> mtsa.SparseAttentionConfig:
         return DEFAULT.with_rule(
@@ -115,7 +106,7 @@ def _choices(selectors: Mapping[str, Selector]) -> list[Variant]:
 
 GROUPS: Mapping[str, Sequence[Variant]] = MappingProxyType(
     {
-        "presets": _presets(),
+        "presets": [Variant(name, config) for name, config in mtsa.PRESETS.items()],
         "selectors": _choices(SELECTORS),
         "orders": _choices(ORDERS),
         "settings": _settings(),
