@@ -80,9 +80,13 @@ def group_table(cells: Sequence[Cell], group: str) -> str:
 
 
 def tasks_table(cells: Sequence[Cell]) -> str:
-    """Exact answers to each task in per cent, dense and under each preset, with Wilson's intervals."""
+    """Exact answers to each task in per cent, dense and under each preset, with Wilson's intervals.
+
+    A preset that wasn't measured at a length has nothing there.
+    """
     own = [cell for cell in cells if cell.group == PRESETS and cell.task != TEXT]
-    variants = list(dict.fromkeys(cell.variant for cell in own))
+    measured = {cell.variant for cell in own}
+    variants = [each.name for each in GROUPS[PRESETS] if each.name in measured]
     lines = _begin(("task", "length", "dense", *(f"`{name}`" for name in variants)))
     places = {(cell.task, cell.length) for cell in own}
     for task, length in sorted(places, key=lambda place: (list(TASKS).index(place[0]), place[1])):
@@ -92,8 +96,8 @@ def tasks_table(cells: Sequence[Cell]) -> str:
         first = next(iter(of_place.values()))
         shares = [_share(first.dense / first.samples, first.dense_interval)]
         for name in variants:
-            cell = of_place[name]
-            shares.append(_share(cell.sparse / cell.samples, cell.sparse_interval))
+            cell = of_place.get(name)
+            shares.append(_share(cell.sparse / cell.samples, cell.sparse_interval) if cell else "")
         lines.append(_line(task, str(length), *shares))
     return "\n".join(lines)
 

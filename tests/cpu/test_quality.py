@@ -202,11 +202,10 @@ def test_files_that_do_not_add_up_are_refused_and_nothing_is_written(tmp_path, w
     assert done.exit_code == 2 and said in done.output and not both.exists(), done.output
 
 
-def rows_of(cells: list[Cell], group: str) -> list[dict[str, str]]:
-    """A group's table, by heads."""
+def rows_of(table: str) -> list[dict[str, str]]:
+    """A table's rows, by heads."""
     heads, _, *rows = (
-        [part.strip() for part in line.strip("|").split("|")]
-        for line in tables.group_table(cells, group).splitlines()
+        [part.strip() for part in line.strip("|").split("|")] for line in table.splitlines()
     )
     return [dict(zip(heads, row, strict=True)) for row in rows]
 
@@ -228,13 +227,25 @@ def test_rows_of_a_length_are_over_the_same_samples():
     # A variant that was run on text alone takes no task from the others.
     alone = replace(text, variant="skip_softmax_calib")
     cells = [text, first, second, *unlike, alone, *other_length]
-    one, two, three, longer = rows_of(cells, "presets")
+    one, two, three, longer = rows_of(tables.group_table(cells, "presets"))
     for row in (one, two):
         assert row["of"] == "10 of 1 task" and row["worst task"].startswith("needle -10.0 ")
         assert row["all tasks"].startswith("-10.0 ") and row["in tasks"] == "25.0%"
     assert (three["of"], three["all tasks"], three["in tasks"]) == ("", "", "")
     assert [row["windows"] for row in (one, two, three, longer)] == ["10", "", "10", ""]
     assert longer["of"] == "20 of 2 tasks" and longer["worst task"].startswith("multi_value")
+
+
+def test_a_preset_that_was_not_measured_at_a_length_has_no_share_there():
+    dense = {"dense": 10, "sparse": 10, "lost": 0, "gained": 0}
+    first = replace(CELL, variant="skip_softmax", **dense)
+    longer = replace(first, length=128)
+    second = replace(longer, variant="sparse_softmax", sparse=5, lost=5)
+    short, long = rows_of(tables.tasks_table([second, first, longer]))
+    assert list(short) == ["task", "length", "dense", "`skip_softmax`", "`sparse_softmax`"]
+    assert [row["length"] for row in (short, long)] == ["64", "128"]
+    assert short["`skip_softmax`"].startswith("100.0 ") and short["`sparse_softmax`"] == ""
+    assert long["`sparse_softmax`"].startswith("50.0 ") and long["dense"].startswith("100.0 ")
 
 
 def test_the_picture_is_of_prefill(tmp_path):
@@ -245,7 +256,12 @@ def test_the_picture_is_of_prefill(tmp_path):
         plots.draw(axes, cells, 4096)
         return axes.get_title(), [(text.get_text(), text.xy) for text in axes.texts]
 
+    def half(cell: Cell) -> Cell:
+        dense, sparse = (bits[: len(bits) // 2] for bits in (cell.dense_bits, cell.sparse_bits))
+        return replace(cell, samples=cell.samples // 2, dense_bits=dense, sparse_bits=sparse)
+
     cells, decoded = load(RESULTS)[1], [replace(cell, samples=9) for cell in load(DECODED)[1]]
+    cells = [half(cell) if cell.group == "orders" else cell for cell in cells]
     title, line = drawn(cells)
     assert "32 or 64 windows" in title
     assert [label for label, _ in line] == ["0.001", "0.01", "0.03", "0.1", "0.3", "0.5", "0.9"]
