@@ -90,7 +90,7 @@ ChunkSizeOption = Annotated[
     int | None, typer.Option(help="Prompts run in chunks of so many tokens; else whole.")
 ]
 DecodeTokensOption = Annotated[
-    int | None, typer.Option(help="Tokens written after each prompt; else 8.", min=1)
+    int | None, typer.Option(help="Tokens written after each prompt; else 64.", min=1)
 ]
 
 

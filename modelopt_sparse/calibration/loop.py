@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from random import Random
 from typing import Any
 
 import torch
@@ -43,26 +44,42 @@ def _run(model: nn.Module, ids: Tensor, mask: Tensor | None, config: Calibration
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
     if mask is None:
         mask = torch.ones_like(ids)
+    # Of a sequence's own, so that what is written after it doesn't depend on the others of its batch.
+    chances = [Random(int(total)) for total in (ids * mask).sum(1)]
     mask = torch.cat([mask, mask.new_ones(len(mask), config.num_decode_tokens)], 1)
-    whole, seen, token = mask, 0, ids
+    whole, seen, logits = mask, 0, torch.empty(0)
 
     def step(given: Tensor) -> Tensor:
         nonlocal seen
         seen += given.shape[1]
         # Of all logits only the last are looked at.
-        logits: Tensor = model(
+        found: Tensor = model(
             given,
             attention_mask=whole[:, :seen],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        return logits[:, -1:].argmax(-1)
+        return found[:, -1]
 
     for chunk in torch.split(ids, config.chunk_size or ids.shape[1], dim=1):
-        token = step(chunk)
+        logits = step(chunk)
     for _ in range(config.num_decode_tokens):
-        token = step(token)
+        logits = step(_drawn(logits, [chance.random() for chance in chances]).to(ids.device))
+
+
+def _drawn(logits: Tensor, chances: Sequence[float]) -> Tensor:
+    """A token of each row as likely as the model says: int64 [B, 1], on the CPU.
+
+    The likeliest ones would soon repeat themselves where a model is small: what a prompt's share is then says
+    little of the next one's.
+
+    Args:
+        logits: [B, V]. chances: B numbers from 0 to below 1, each of which stands for one token.
+    """
+    ends = logits.cpu().double().softmax(-1).cumsum(-1)
+    places = torch.tensor(chances, dtype=ends.dtype)[:, None] * ends[:, -1:]
+    return torch.searchsorted(ends, places, right=True).clamp(max=logits.shape[-1] - 1)
 
 
 def _ids_and_mask(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -100,8 +100,8 @@ class CalibrationConfig(BaseModel):
             fewer. The others are halves, quarters ... down to 1024.
         chunk_size: prompts are given to the model in chunks of so many tokens; None: whole, or as a function
             gives them.
-        num_decode_tokens: tokens that the model writes after each, which calibrate decode; a function
-            generates its own.
+        num_decode_tokens: tokens that the model writes after each, drawn as it predicts them, which calibrate
+            decode; a function generates its own.
         text_files: prompts are cut out of these files; None: tasks are made up, with seeds.
         tokenizer: name or path of the tokenizer for them; None: the model's own name or path.
     """
@@ -117,7 +117,7 @@ class CalibrationConfig(BaseModel):
     samples: _Count = 12
     max_seqlen: Annotated[int, Field(ge=1024, strict=True)] = 8192
     chunk_size: Annotated[int, Field(ge=128, strict=True)] | None = None
-    num_decode_tokens: _Count = 8
+    num_decode_tokens: _Count = 64
     text_files: tuple[StrictStr, ...] | None = None
     tokenizer: StrictStr | None = None
 

@@ -281,7 +281,7 @@ def test_what_calibrate_does_not_take(dense, tmp_path):
     assert failed(run(*arguments, *preset, *both), 2, "--target-sparsity: got it and one")
     both = "--target-sparsity", 0.5, "--target-error", 0.5
     assert failed(run(*arguments, *preset, *both), 2, "one of target_sparse_ratio, target_error")
-    assert failed(run(*arguments, *preset, "--max-seqlen", 8192), 2, "at most 8184")
+    assert failed(run(*arguments, *preset, "--max-seqlen", 8192), 2, "at most 8128")
     assert failed(run(*arguments, *preset, "--max-seqlen", 100), 2, "calibration.max_seqlen")
     assert failed(run(*arguments, *preset, "--target-sparsity", 1), 2, "target_sparse_ratio")
     assert failed(run(*arguments, "--preset", "sparse_softmax", *QUICK), 2, "methods that skip")
