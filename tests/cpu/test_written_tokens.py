@@ -1,4 +1,4 @@
-"""The tokens that a model writes while it is calibrated: drawn as it predicts them, and the same ones again."""
+"""The tokens that a model writes while it is calibrated: drawn as it predicts them, and the same again."""
 
 from __future__ import annotations
 
