@@ -12,10 +12,11 @@ from modelopt_sparse.errors import ArgumentTypeError, describe
 from modelopt_sparse.methods.calibrated import PhaseName
 
 HEADINGS = ("phase", "prompt tokens", "sequences", "target", "achieved", "off, points")
-# Text of another kind, or chance in few tiles, moves the share further.
+# Text of another kind, or chance in few tiles, moves the share further. And no lambda skips all tiles.
 NEAR, ADVICE = (
     0.03,
-    "More than 3 points off: calibrate on more text, of the kind that the model is for",
+    "More than 3 points off: calibrate on more text, of the kind that the model is for; where less is "
+    "skipped in short prompts, more may not be possible",
 )
 
 
