@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from random import Random
 from typing import Any
 
 import torch
@@ -45,9 +44,9 @@ def _run(model: nn.Module, ids: Tensor, mask: Tensor | None, config: Calibration
     if mask is None:
         mask = torch.ones_like(ids)
     # Of a sequence's own, so that what is written after it doesn't depend on the others of its batch.
-    chances = [Random(int(total)) for total in (ids * mask).sum(1)]
-    mask = torch.cat([mask, mask.new_ones(len(mask), config.num_decode_tokens)], 1)
-    whole, seen, logits = mask, 0, torch.empty(0)
+    generators = [torch.Generator().manual_seed(int(total)) for total in (ids * mask).sum(1)]
+    whole = torch.cat([mask, mask.new_ones(len(mask), config.num_decode_tokens)], 1)
+    seen, logits = 0, torch.empty(0)
 
     def step(given: Tensor) -> Tensor:
         nonlocal seen
@@ -65,21 +64,17 @@ def _run(model: nn.Module, ids: Tensor, mask: Tensor | None, config: Calibration
     for chunk in torch.split(ids, config.chunk_size or ids.shape[1], dim=1):
         logits = step(chunk)
     for _ in range(config.num_decode_tokens):
-        logits = step(_drawn(logits, [chance.random() for chance in chances]).to(ids.device))
+        logits = step(_drawn(logits, generators).to(ids.device))
 
 
-def _drawn(logits: Tensor, chances: Sequence[float]) -> Tensor:
-    """A token of each row as likely as the model says: int64 [B, 1], on the CPU.
+def _drawn(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """A token of each row, as likely as the model says: logits [B, V], int64 [B, 1] on the CPU.
 
     The likeliest ones would soon repeat themselves where a model is small: what a prompt's share is then says
     little of the next one's.
-
-    Args:
-        logits: [B, V]. chances: B numbers from 0 to below 1, each of which stands for one token.
     """
-    ends = logits.cpu().double().softmax(-1).cumsum(-1)
-    places = torch.tensor(chances, dtype=ends.dtype)[:, None] * ends[:, -1:]
-    return torch.searchsorted(ends, places, right=True).clamp(max=logits.shape[-1] - 1)
+    rows = zip(logits.cpu().float().softmax(-1), generators, strict=True)
+    return torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])
 
 
 def _ids_and_mask(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
