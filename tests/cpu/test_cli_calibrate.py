@@ -207,6 +207,23 @@ def test_heads_have_tables_and_no_formula(dense, tmp_path):
     assert failed(run("export", tmp_path / "o"), 2, "a table without a formula")
 
 
+def test_help_says_the_defaults_of_the_configuration():
+    """They are written out in it, for a help text imports no configuration."""
+    options = typer.main.get_command(app).commands["calibrate"].params
+    told = {p.name: re.search(r"; else ([\w.]*\w)", p.help or "") for p in options[1:]}
+    defaults = mtsa.CalibrationConfig().model_dump()
+    assert defaults["target_sparse_ratio"] == {"prefill": 0.5, "decode": 0.5}
+    assert defaults["chunk_size"] is None
+    assert {name: found[1] for name, found in told.items() if found} == {
+        "target": "0.5",
+        "chunk_size": "whole",
+        **{
+            name: str(defaults[name])
+            for name in ("thresholds_for", "samples", "max_seqlen", "num_decode_tokens")
+        },
+    }
+
+
 def test_a_bound_in_place_of_a_share_takes_the_place_of_that_in_the_file(dense, tmp_path):
     rules = {
         "sparse_cfg": {"*": {"method": "triton_skip_softmax"}},
