@@ -39,7 +39,7 @@ class Cost:
 
 
 def _error(tally: Tally, probe: int) -> float:
-    return math.sqrt(tally.errors[1 + probe].sum() / tally.errors[0].sum())
+    return math.sqrt(tally.errors[1 + probe].sum() / tally.squared_output)
 
 
 def _mean_mass(tally: Tally, probe: int) -> float:

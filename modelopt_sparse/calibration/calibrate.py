@@ -19,6 +19,7 @@ from .budget import PROBES
 from .derive import thresholds
 from .loop import run_prompts
 from .prompts import prompts
+from .ranks import of_all_ranks, refuse_ranks
 from .recorder import Recorder, shortest
 
 Data = Callable[[nn.Module], object] | Iterable[Any] | None
@@ -44,6 +45,8 @@ def calibrated(
         UnsupportedCall: attention is bidirectional, or heads are calibrated apart in several processes.
     """
     methods = {name: _method(name, module) for name, module in modules.items()}
+    if config.thresholds_for == "head":
+        refuse_ranks()
     # With a bound to keep, no share is asked for, and no phase is to be dense.
     shares, bound = config.shares, config.bound
     asked = list(bound.of if bound else [phase for phase, share in shares.items() if share])
@@ -59,8 +62,9 @@ def calibrated(
     }
     with observed({module: recorders[name] for name, module in modules.items()}), torch.no_grad():
         _run(model, config, data)
-    found = {phase: thresholds(recorders, phase, config) for phase in asked}
-    least = shortest(recorder.tallies for recorder in recorders.values())
+    tallies = of_all_ranks({name: recorder.tallies for name, recorder in recorders.items()})
+    found = {phase: thresholds(recorders, tallies, phase, config) for phase in asked}
+    least = shortest(tallies.values())
     dense: dict[PhaseName, Any] = {phase: 0.0 for phase, share in shares.items() if not share}
     return {
         name: method.with_thresholds(

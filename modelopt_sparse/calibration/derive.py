@@ -13,21 +13,25 @@ from .bound import COSTS, share_within
 from .budget import PROBES, HeadCost, shares
 from .curve import Curve
 from .fit import factor, formula_of, table_of, targets_with
-from .ranks import of_all_ranks, refuse_ranks
 from .recorder import Recorder, Tallies, Tally, added, by_length
 
 
 def thresholds(
-    recorders: Mapping[str, Recorder], phase: PhaseName, config: CalibrationConfig
+    recorders: Mapping[str, Recorder],
+    tallies: Mapping[str, Tallies],
+    phase: PhaseName,
+    config: CalibrationConfig,
 ) -> dict[str, CalibratedThreshold]:
     """By module, its threshold in a phase.
 
+    Args:
+        recorders: of this process, looked at where heads are calibrated apart.
+        tallies: what all processes counted.
+
     Raises:
         ConfigError: there were no tokens in that phase, or they let too little be skipped.
-        UnsupportedCall: heads are calibrated apart in several processes.
     """
     own = Phase(phase)
-    tallies = of_all_ranks({name: recorder.tallies for name, recorder in recorders.items()})
 
     def share(modules: Iterable[Tallies]) -> float:
         if config.bound is None:
@@ -36,7 +40,6 @@ def thresholds(
         return share_within(list(modules), own, COSTS[name], bounds[phase])
 
     if config.thresholds_for == "head":
-        refuse_ranks()
         found = share(tallies.values())
         tables = _tables_by_head(recorders, own, targets_with(found))
         return {
@@ -108,7 +111,7 @@ def _tables_by_head(
 
 def _costs(tally: Tally, curves: Sequence[Curve]) -> list[HeadCost]:
     """What skipping costs each head of a module, against the output of all of them."""
-    whole = float(tally.errors[0].sum())
+    whole = tally.squared_output
     return [
         HeadCost(
             tiles=float(tiles),

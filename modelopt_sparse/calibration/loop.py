@@ -16,6 +16,9 @@ from modelopt_sparse.errors import ArgumentTypeError, describe
 def run_prompts(model: nn.Module, batches: Iterable[Any], config: CalibrationConfig) -> None:
     """Gives each batch to the model, in chunks if there is a chunk size, and lets it write some tokens.
 
+    Sequences of a batch with padding run one by one, without it: positions and what is written are then
+    those of the sequence, wherever the padding is.
+
     Args:
         batches: token ids [B, n], or mappings with ``input_ids`` and, where there is padding, an
             ``attention_mask`` [B, n].
@@ -23,9 +26,12 @@ def run_prompts(model: nn.Module, batches: Iterable[Any], config: CalibrationCon
     Raises:
         ArgumentTypeError: a batch is something else.
     """
+    device = next(model.parameters()).device
     for batch in batches:
-        ids, mask = _ids_and_mask(batch, next(model.parameters()).device)
-        _run(model, ids, mask, config)
+        ids, mask = _ids_and_mask(batch, device)
+        is_padded = mask is not None and not mask.all()
+        for whole in sequences(batch, device) if is_padded else (ids,):
+            _run(model, whole, config)
 
 
 def sequences(batch: Any, device: torch.device) -> Iterator[Tensor]:
@@ -39,26 +45,15 @@ def sequences(batch: Any, device: torch.device) -> Iterator[Tensor]:
         yield (row if mask is None else row[mask[index].bool()])[None]
 
 
-def _run(model: nn.Module, ids: Tensor, mask: Tensor | None, config: CalibrationConfig) -> None:
+def _run(model: nn.Module, ids: Tensor, config: CalibrationConfig) -> None:
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-    if mask is None:
-        mask = torch.ones_like(ids)
     # Of a sequence's own, so that what is written after it doesn't depend on the others of its batch.
-    generators = [torch.Generator().manual_seed(int(total)) for total in (ids * mask).sum(1)]
-    whole = torch.cat([mask, mask.new_ones(len(mask), config.num_decode_tokens)], 1)
-    seen, logits = 0, torch.empty(0)
+    generators = [torch.Generator().manual_seed(int(total)) for total in ids.sum(1)]
+    logits = torch.empty(0)
 
     def step(given: Tensor) -> Tensor:
-        nonlocal seen
-        seen += given.shape[1]
         # Of all logits only the last are looked at.
-        found: Tensor = model(
-            given,
-            attention_mask=whole[:, :seen],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        found: Tensor = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return found[:, -1]
 
     for chunk in torch.split(ids, config.chunk_size or ids.shape[1], dim=1):

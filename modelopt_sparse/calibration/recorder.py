@@ -65,6 +65,11 @@ class Tally:
             max(self.longest, other.longest),
         )
 
+    @property
+    def squared_output(self) -> float:
+        """The dense output's sum of squares; 1 where it is nothing, which skipping doesn't change."""
+        return float(self.errors[0].sum()) or 1.0
+
     def of_all_heads(self) -> Tally:
         """The same without telling heads apart: U is 1."""
         return replace(

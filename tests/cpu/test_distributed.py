@@ -147,7 +147,7 @@ def test_a_tensor_parallel_model_computes_the_same(tmp_path):
 CALIBRATE = """
 model = tiny.tiny_llama()
 mtsa.sparsify(model, tiny.SKIP)
-mtsa.calibrate(model, {"target_sparse_ratio": 0.3}, [tiny.prompt(200, seed=rank)])
+mtsa.calibrate(model, {"target_sparse_ratio": 0.3}, [tiny.prompt((200, 400)[rank], seed=rank)])
 found = [module.method.config.model_dump() for module in model.modules() if hasattr(module, "method")]
 torch.save(found, f"{folder}/{rank}.pt")
 try:
@@ -162,9 +162,8 @@ dist.destroy_process_group()
 
 def test_all_ranks_get_the_thresholds_of_what_all_of_them_counted(tmp_path):
     model = mtsa.sparsify(tiny.tiny_llama(), tiny.SKIP)
-    mtsa.calibrate(
-        model, {"target_sparse_ratio": 0.3}, [tiny.prompt(200, seed=rank) for rank in (0, 1)]
-    )
+    prompts = [tiny.prompt((200, 400)[rank], seed=rank) for rank in (0, 1)]
+    mtsa.calibrate(model, {"target_sparse_ratio": 0.3}, prompts)
     wanted = [
         module.method.config.model_dump() for module in model.modules() if hasattr(module, "method")
     ]
@@ -178,3 +177,34 @@ def test_all_ranks_get_the_thresholds_of_what_all_of_them_counted(tmp_path):
     ]
     first, second = _run(CALIBRATE, tmp_path)
     assert first == second == wanted != alone
+
+
+PARALLEL_CALIBRATE = """
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(folder + "/model", tp_plan="auto").eval()
+assert type(model.model.layers[0].self_attn.q_proj.weight).__name__ == "DTensor"
+mtsa.sparsify(model, tiny.SKIP)
+mtsa.calibrate(model, {"target_sparse_ratio": 0.3}, [tiny.prompt(200)])
+found = [module.method.config.model_dump() for module in model.modules() if hasattr(module, "method")]
+torch.save(found, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_with_other_heads_get_the_thresholds_of_all_heads(tmp_path):
+    model = tiny.tiny_llama(num_key_value_heads=2)
+    model.save_pretrained(tmp_path / "model")
+    mtsa.calibrate(
+        mtsa.sparsify(model, tiny.SKIP), {"target_sparse_ratio": 0.3}, [tiny.prompt(200)]
+    )
+    wanted = [
+        module.method.config.model_dump() for module in model.modules() if hasattr(module, "method")
+    ]
+    first, second = _run(PARALLEL_CALIBRATE, tmp_path)
+    assert first == second
+    for found, own in zip(first, wanted, strict=True):
+        for phase in ("skip_softmax_threshold", "skip_softmax_decode_threshold"):
+            factors, of_one = (each[phase]["table"]["factors"] for each in (found, own))
+            torch.testing.assert_close(torch.tensor(factors), torch.tensor(of_one))
+        assert found["min_context"] == own["min_context"] == 200

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+import modelopt_sparse as mtsa
 from modelopt_sparse.calibration.loop import _drawn, run_prompts
 from modelopt_sparse.config.calibration import CalibrationConfig
-from tests.cpu.tiny import tiny_llama
+from modelopt_sparse.module_state import sparse_modules
+from tests.cpu import tiny
+from tests.cpu.tiny import SKIP, tiny_llama
 
 STEPS = 12
 
@@ -50,15 +54,39 @@ def test_where_all_tokens_are_as_likely_they_are_written_as_often():
     assert (first == second).double().mean() < 0.2
 
 
-def test_what_is_written_depends_on_the_sequence_alone():
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_what_is_written_depends_on_the_sequence_alone(padding):
     """However it is cut into chunks, and whatever it is in a batch with."""
     model = tiny_llama()
     long, short = prompt(150), prompt(60, 1)
-    alone = torch.cat([written(model, long), written(model, short)])
-    assert len(alone.unique()) > 3
-    assert torch.equal(written(model, long, chunk_size=128), alone[:1])
-    ids = torch.full((2, 150), 63)
-    ids[0], ids[1, -60:] = long[0], short[0]
-    mask = torch.ones_like(ids)
-    mask[1, :-60] = 0
-    assert torch.equal(written(model, {"input_ids": ids, "attention_mask": mask}), alone)
+    alone = [written(model, long), written(model, short)]
+    assert len(torch.cat(alone).unique()) > 3
+    assert torch.equal(written(model, long, chunk_size=128), alone[0])
+    ids, mask = padded(long, short, padding)
+    found = written(model, {"input_ids": ids, "attention_mask": mask})
+    assert torch.equal(found, torch.cat(alone, 1))
+
+
+def padded(
+    long: torch.Tensor, short: torch.Tensor, padding: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of a batch of both."""
+    place = slice(-short.shape[1], None) if padding == "left" else slice(short.shape[1])
+    ids, mask = torch.full_like(long, 63).repeat(2, 1), torch.ones_like(long).repeat(2, 1)
+    ids[0], ids[1, place] = long[0], short[0]
+    mask[1] = 0
+    mask[1, place] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_a_padded_batch_calibrates_as_its_sequences_do(padding):
+    long, short = tiny.prompt(300), tiny.prompt(200, seed=1)
+    ids, mask = padded(long, short, padding)
+    config = {"target_sparse_ratio": 0.3}
+
+    def found(batches: object) -> list[object]:
+        model = mtsa.calibrate(mtsa.sparsify(tiny_llama(), SKIP), config, batches)
+        return [module.method.config for _, module in sparse_modules(model)]
+
+    assert found([{"input_ids": ids, "attention_mask": mask}]) == found([long, short])
