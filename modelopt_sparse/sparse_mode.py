@@ -119,22 +119,27 @@ def calibrate(
     In place of the share, `config` may bound what skipping costs: an error, or the dropped mass.
 
     The model computes densely meanwhile, and counts what every lambda would skip, by length. Then each
-    sequence gets its lambda by its own number of keys. Sequences shorter than any that was counted are dense.
-    `set_sparsity` changes the share afterwards.
+    sequence gets its lambda by its own number of keys. Where the configuration has no ``min_context``, it
+    becomes the shortest length that was counted: shorter sequences are dense. `set_sparsity` changes the
+    share afterwards.
 
     Args:
         model: a sparse model: its enabled modules are calibrated. Or any other, with a `config` to
             sparsify it by.
         config: a `CalibrationConfig`, a mapping of its fields, or None for its defaults; or what
             `sparsify` takes, with a ``calibration``.
-        forward_loop: what to calibrate with: a function that runs the model it is given; batches of token
-            ids [B, n] or mappings with ``input_ids``; or None: prompts that the configuration describes.
+        forward_loop: what to calibrate with: a function that runs the model it is given; an iterable or a
+            dataset of token ids, [B, n] or [n], or of mappings with ``input_ids`` and, where there is
+            padding, an ``attention_mask``; or None: prompts that the configuration describes.
     Returns:
         `model`.
     Raises:
         ConfigError: the configuration isn't taken, a method has no threshold, or too little was seen.
-        UnsupportedCall: an enabled module is bidirectional.
-        UnsupportedModel: `model` is only a part of the model that was made sparse.
+        UnsupportedCall: an enabled module is bidirectional; or heads are calibrated apart in several
+            processes.
+        UnsupportedModel: `model` is only a part of the model that was made sparse; or, without a function,
+            has no logits, no cache, or an encoder.
+        ArgumentError, ArgumentTypeError: a batch isn't what is taken, or the model is in training mode.
         And what `forward_loop` raises. After any of these the model is as before.
     """
     check_model(model)

@@ -132,12 +132,9 @@ def load_model_config(name: str) -> PretrainedConfig:
 
 def find_tokenizer(name: str) -> Any | None:
     """Its tokenizer; None where the checkpoint has none."""
-    from transformers import AutoTokenizer
+    from modelopt_sparse.calibration.prompts import tokenizer_of
 
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, TypeError, KeyError):  # by family, what it raises without files
-        return None
+    return tokenizer_of(name)
 
 
 @contextmanager

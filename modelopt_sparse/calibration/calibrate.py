@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modelopt_sparse.config.calibration import CalibrationConfig
-from modelopt_sparse.errors import ArgumentTypeError, ConfigError, describe
+from modelopt_sparse.errors import ConfigError, describe
+from modelopt_sparse.kernels.types import Phase
 from modelopt_sparse.methods.calibrated import PhaseName, SkipSoftmaxConfig
 from modelopt_sparse.methods.fields import least_context
 from modelopt_sparse.module import SparseAttentionModule, observed
 
+from .batches import Batches, batches_of
 from .bound import COSTS
 from .budget import PROBES
 from .derive import thresholds
@@ -22,8 +24,8 @@ from .prompts import prompts
 from .ranks import of_all_ranks, refuse_ranks
 from .recorder import Recorder, shortest
 
-Data = Callable[[nn.Module], object] | Iterable[Any] | None
-"""What to calibrate with: a function that runs the model, batches of token ids, or None: made-up prompts."""
+Data = Callable[[nn.Module], object] | Batches | None
+"""A function that runs the model; batches of token ids, or a dataset of them; or None: made-up prompts."""
 
 
 def calibrated(
@@ -64,7 +66,7 @@ def calibrated(
         _run(model, config, data)
     tallies = of_all_ranks({name: recorder.tallies for name, recorder in recorders.items()})
     found = {phase: thresholds(recorders, tallies, phase, config) for phase in asked}
-    least = shortest(tallies.values())
+    least = shortest(tallies.values(), [Phase(phase) for phase in asked])
     dense: dict[PhaseName, Any] = {phase: 0.0 for phase, share in shares.items() if not share}
     return {
         name: method.with_thresholds(
@@ -91,9 +93,5 @@ def _run(model: nn.Module, config: CalibrationConfig, data: Data) -> None:
             raise ConfigError(describe("calibration.chunk_size", config.chunk_size, takes))
         data(model)
         return
-    is_one = isinstance(data, Tensor | Mapping | str)
-    if is_one or not isinstance(data, Iterable | None):
-        takes = "a function of the model, an iterable of batches, or None"
-        remedy = "Put a single batch in a list." if is_one else ""
-        raise ArgumentTypeError(describe("forward_loop", repr(data)[:100], takes, remedy))
-    run_prompts(model, prompts(model, config) if data is None else data, config)
+    made = prompts(model, config) if data is None else batches_of("forward_loop", data)
+    run_prompts(model, made, config)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modelopt_sparse.config.calibration import CalibrationConfig
-from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, ConfigError, describe
+from modelopt_sparse.errors import ArgumentError, ConfigError, describe
 from modelopt_sparse.faithfulness.probe import Probe
 from modelopt_sparse.kernels.types import Phase
 from modelopt_sparse.methods.calibrated import PHASES, PhaseName
 from modelopt_sparse.modes.apply import check_model
 from modelopt_sparse.module import SparseAttentionModule, counting_anew, observed
 
+from .batches import Batches, batches_of, sequences
 from .bound import COSTS
 from .calibrated import calibrated_phases
 from .check_results import CalibrationCheck, CheckRow
-from .loop import run_prompts, sequences
+from .loop import device_of, run_prompts
 from .prompts import held_out_prompts
 
 Shares = dict[tuple[PhaseName, SparseAttentionModule], float]
@@ -28,7 +29,7 @@ Shares = dict[tuple[PhaseName, SparseAttentionModule], float]
 @torch.no_grad()
 def check_calibration(
     model: nn.Module,
-    batches: Iterable[Tensor | Mapping[str, Any]] | None = None,
+    batches: Batches | None = None,
     config: CalibrationConfig | Mapping[str, Any] | None = None,
 ) -> CalibrationCheck:
     """Runs a calibrated model and counts, by phase and length, the tiles that it skips.
@@ -40,10 +41,10 @@ def check_calibration(
     Args:
         model: a sparse model whose thresholds were calibrated. Modules and phases that are disabled, have a
             fixed lambda or a target of 0 aren't counted.
-        batches: token ids [B, n], or mappings with ``input_ids`` and, where there is padding, an
-            ``attention_mask``. They are taken one by one, so progress can be shown around them. None: prompts
-            that `config` describes, and that `calibrate` doesn't make: other tasks, or other parts of the
-            files, which overlap those where files are short; of lengths between those that it makes.
+        batches: an iterable or a dataset, as `calibrate` takes it. They are taken one by one, so progress can
+            be shown around them. None: prompts that `config` describes, and that `calibrate` doesn't make:
+            other tasks, or other parts of the files, which overlap those where files are short; of lengths
+            between those that it makes.
         config: as `calibrate` takes it. If it bounds an error or a dropped mass, each sequence runs once
             more, dense and sparse, to measure it. Shares are those of the model.
     Returns:
@@ -55,18 +56,12 @@ def check_calibration(
     """
     check_model(model)
     chosen = CalibrationConfig() if config is None else CalibrationConfig.load(config)
-    if isinstance(batches, Tensor | Mapping | str | Callable) or (
-        batches is not None and not isinstance(batches, Iterable)
-    ):
-        takes = "an iterable of batches, or None"
-        remedy = "Put a single batch in a list."
-        raise ArgumentTypeError(describe("batches", repr(batches)[:100], takes, remedy))
     targets = _targets(model)
     modules = {module for _, module in targets}
     counted: dict[tuple[PhaseName, int], Tensor] = {}
     probes: dict[int, dict[SparseAttentionModule, Probe]] = {}
-    given = held_out_prompts(model, chosen) if batches is None else batches
-    for ids in _sequences(model, given):
+    made = held_out_prompts(model, chosen) if batches is None else batches_of("batches", batches)
+    for ids in _sequences(model, made):
         with counting_anew(modules):
             run_prompts(model, [ids], chosen)
             for phase, tiles in _tiles(targets).items():
@@ -110,7 +105,7 @@ def _targets(model: nn.Module) -> Shares:
 
 
 def _sequences(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     for batch in batches:
         yield from sequences(batch, device)
 

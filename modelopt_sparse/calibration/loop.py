@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from modelopt_sparse.config.calibration import CalibrationConfig
-from modelopt_sparse.errors import ArgumentTypeError, describe
+from modelopt_sparse.errors import ArgumentError, UnsupportedModel, describe
+from modelopt_sparse.modes.apply import check_eval_mode
+
+from .batches import sequences, token_ids
 
 
 def run_prompts(model: nn.Module, batches: Iterable[Any], config: CalibrationConfig) -> None:
@@ -20,41 +23,42 @@ def run_prompts(model: nn.Module, batches: Iterable[Any], config: CalibrationCon
     those of the sequence, wherever the padding is.
 
     Args:
-        batches: token ids [B, n], or mappings with ``input_ids`` and, where there is padding, an
-            ``attention_mask`` [B, n].
+        batches: each as `sequences` takes it.
 
     Raises:
-        ArgumentTypeError: a batch is something else.
+        ArgumentTypeError, ArgumentError: as `sequences`; the model is in training mode, or computes NaN.
+        UnsupportedModel: it has no logits or no cache, or an encoder.
     """
-    device = next(model.parameters()).device
+    check_eval_mode(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise _unsupported(f"a {type(model).__name__}, which has an encoder and a decoder")
+    device = device_of(model)
     for batch in batches:
-        ids, mask = _ids_and_mask(batch, device)
-        is_padded = mask is not None and not mask.all()
-        for whole in sequences(batch, device) if is_padded else (ids,):
+        ids = token_ids(batch, device)
+        for whole in sequences(batch, device) if ids is None else (ids,):
             _run(model, whole, config)
 
 
-def sequences(batch: Any, device: torch.device) -> Iterator[Tensor]:
-    """Token ids [1, n] of each sequence of a batch, without its padding.
-
-    Raises:
-        ArgumentTypeError: as `run_prompts`.
-    """
-    ids, mask = _ids_and_mask(batch, device)
-    for index, row in enumerate(ids):
-        yield (row if mask is None else row[mask[index].bool()])[None]
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs. Weights that wait elsewhere, on "meta", aren't asked."""
+    found = (weight.device for weight in model.parameters() if weight.device.type != "meta")
+    return next(found, torch.device("cpu"))
 
 
 def _run(model: nn.Module, ids: Tensor, config: CalibrationConfig) -> None:
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    cache = DynamicCache(config=getattr(model, "config", None))
     # Of a sequence's own, so that what is written after it doesn't depend on the others of its batch.
     generators = [torch.Generator().manual_seed(int(total)) for total in ids.sum(1)]
     logits = torch.empty(0)
 
     def step(given: Tensor) -> Tensor:
         # Of all logits only the last are looked at.
-        found: Tensor = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return found[:, -1]
+        found = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for part in ("logits", "past_key_values"):
+            if getattr(found, part, None) is None:
+                raise _unsupported(f"a {type(model).__name__} that returns no {part}")
+        last: Tensor = found.logits[:, -1]
+        return last
 
     for chunk in torch.split(ids, config.chunk_size or ids.shape[1], dim=1):
         logits = step(chunk)
@@ -68,18 +72,15 @@ def _drawn(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     The likeliest ones would soon repeat themselves where a model is small: what a prompt's share is then says
     little of the next one's.
     """
-    rows = zip(logits.cpu().float().softmax(-1), generators, strict=True)
+    likely = logits.cpu().float().softmax(-1)
+    if likely.isnan().any():
+        remedy = "Load it in bfloat16 or float32."
+        raise ArgumentError(describe("the model's logits", "NaN", "numbers", remedy))
+    rows = zip(likely, generators, strict=True)
     return torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])
 
 
-def _ids_and_mask(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    ids, mask = (
-        (batch.get("input_ids"), batch.get("attention_mask"))
-        if isinstance(batch, Mapping)
-        else (batch, None)
-    )
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
-        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(batch)[:100]
-        takes = "token ids [batch, tokens], not empty, or a mapping with them as input_ids"
-        raise ArgumentTypeError(describe("a batch to calibrate with", got, takes))
-    return ids.to(device), None if mask is None else mask.to(device)
+def _unsupported(got: str) -> UnsupportedModel:
+    remedy = "Give a function that runs it as forward_loop."
+    takes = "a causal language model with logits and a cache"
+    return UnsupportedModel(describe("model", got, takes, remedy))

@@ -131,12 +131,23 @@ def _tokenizer(model: nn.Module, name: str | None) -> Any:
     if not name:
         got = "a model that wasn't loaded from a checkpoint"
         raise ConfigError(describe("calibration.tokenizer", got, "a name or path", remedy))
+    tokenizer = tokenizer_of(name)
+    if tokenizer is None:
+        got, takes = f"{name!r}, which has none", "the name or path of a tokenizer"
+        raise ConfigError(describe("calibration.tokenizer", got, takes, remedy))
+    return tokenizer
+
+
+def tokenizer_of(name: str) -> Any | None:
+    """The tokenizer of a checkpoint, by name or path; None where it has none.
+
+    Without its files transformers raises, or makes one that knows nothing, by family.
+    """
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        got = f"{name!r}, which has none ({type(error).__name__})"
-        takes = "the name or path of a tokenizer"
-        raise ConfigError(describe("calibration.tokenizer", got, takes, remedy)) from error
+        found = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if len(found.get_vocab()) > len(found.all_special_ids) else None
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

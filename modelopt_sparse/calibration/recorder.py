@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -236,12 +236,12 @@ def by_length(tallies: Tallies, phase: Phase) -> dict[int, Tally]:
     return lengths
 
 
-def shortest(tallies: Iterable[Tallies]) -> int:
-    """The least number of keys that something was counted for; 0 if nothing was."""
+def shortest(tallies: Iterable[Tallies], phases: Collection[Phase]) -> int:
+    """The least number of keys that something was counted for in these phases; 0 if nothing was."""
     found = [
         min(CUTS[0], tally.longest) if phase is Phase.PREFILL else tally.shortest
         for each in tallies
         for (phase, place), tally in each.items()
-        if phase is Phase.DECODE or place == CUTS[0]
+        if phase in phases and (phase is Phase.DECODE or place == CUTS[0])
     ]
     return min(found, default=0)

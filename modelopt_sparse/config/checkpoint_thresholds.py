@@ -27,7 +27,7 @@ def skip_softmax_fields(group: Mapping[str, Any], target_sparsity: object) -> di
     if not isinstance(formula, str) or "".join(formula.split()) != "".join(FORMULA.split()):
         got = "nothing" if formula is None else shown(formula)
         raise ConfigError(describe("threshold_scale_factor.formula", got, repr(FORMULA)))
-    given = group.get("target_sparsity") if target_sparsity is None else target_sparsity
+    given = _written_shares(group, factor) if target_sparsity is None else target_sparsity
     thresholds = {
         phase: {"target_sparsity": share, "formula": _coefficients(factor, phase)}
         for phase, share in _shares(given, factor).items()
@@ -39,6 +39,19 @@ def skip_softmax_fields(group: Mapping[str, Any], target_sparsity: object) -> di
     }
 
 
+def _written_shares(group: Mapping[str, Any], factor: Mapping[str, Any]) -> object:
+    """The group's own shares. Under an older name there is one for each phase, calibrated or not."""
+    if "target_sparse_ratio" not in group:
+        return group.get("target_sparsity")
+    if "target_sparsity" in group:
+        got = "target_sparsity and target_sparse_ratio"
+        raise ConfigError(describe("sparse_attention_config", got, "one of them"))
+    shares = group["target_sparse_ratio"]
+    if not isinstance(shares, Mapping):
+        return shares
+    return {phase: share for phase, share in shares.items() if _is_calibrated(factor, phase)}
+
+
 def _shares(given: object, factor: Mapping[str, Any]) -> dict[str, float]:
     """The share of tiles to skip in each phase that isn't dense."""
     shares: Mapping[str, Any]
@@ -48,7 +61,7 @@ def _shares(given: object, factor: Mapping[str, Any]) -> dict[str, float]:
     shares = {
         phase: share
         for phase, share in shares.items()
-        if not (_is_number(share) and share == 0 and not _has_coefficients(factor, phase))
+        if not (_is_number(share) and share == 0 and not _is_calibrated(factor, phase))
     }
     found: Collection[Any] = shares.values() if shares else [None]
     for share in found:
@@ -60,12 +73,12 @@ def _shares(given: object, factor: Mapping[str, Any]) -> dict[str, float]:
     return dict(shares)
 
 
-def _has_coefficients(factor: Mapping[str, Any], phase: str) -> bool:
+def _is_calibrated(factor: Mapping[str, Any], phase: str) -> bool:
     return phase in factor or _COEFFICIENTS in factor
 
 
 def _coefficients(factor: Mapping[str, Any], phase: str) -> dict[str, float]:
-    if not _has_coefficients(factor, phase):
+    if not _is_calibrated(factor, phase):
         got, takes = "nothing", '{"a": number, "b": number}, for target_sparsity names the phase'
         remedy = "Give target_sparsity for the phases that have coefficients."
         raise ConfigError(describe(f"threshold_scale_factor.{phase}", got, takes, remedy))

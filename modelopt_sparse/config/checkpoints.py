@@ -25,7 +25,9 @@ MAX_CONFIG_BYTES = 16 * 2**20
 
 _ALGORITHM_KEYS = ("algorithm", "sparse_algo")
 _GROUP_KEYS = (*_ALGORITHM_KEYS, "targets", "ignore")
-_SKIP_KEYS = ("threshold_scale_factor", "target_sparsity")
+_SKIP_KEYS = ("threshold_scale_factor", "target_sparsity", "target_sparse_ratio")
+# What Model-Optimizer calls the attention of any class, where an engine ran the model for it.
+_ANY_ATTENTION = "Attention"
 # One left out has the same default here and in Model-Optimizer.
 _NM_KEYS = ("sparsity_n", "sparsity_m", "dense_sink_tokens", "dense_recent_tokens")
 
@@ -96,7 +98,9 @@ def _rules(group: Mapping[str, Any], target_sparsity: object) -> dict[str, dict[
         got = ", ".join(map(shown, algorithms)) or "nothing"
         raise ConfigError(describe("algorithm", got, takes))
     # Without targets it is about all attention, and "*" is all that is causal.
-    patterns = [f"type:{name}" for name in _globs(group, "targets")] or ["*"]
+    patterns = [
+        "*" if name == _ANY_ATTENTION else f"type:{name}" for name in _globs(group, "targets")
+    ] or ["*"]
     return {
         DEFAULT: {"enable": False},
         **dict.fromkeys(patterns, fields),

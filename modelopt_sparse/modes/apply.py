@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from modelopt_sparse.errors import ArgumentTypeError, ConfigError, describe
+from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, ConfigError, describe
 
 from .base import Metadata, Mode
 from .registry import get_mode
@@ -101,3 +101,10 @@ def check_model(model: object) -> None:
     """Raises ArgumentTypeError unless `model` is a module."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(describe("model", repr(model), "a torch.nn.Module"))
+
+
+def check_eval_mode(model: nn.Module) -> None:
+    """Raises ArgumentError where a part of the model is in training mode."""
+    if any(module.training for module in model.modules()):
+        remedy = "Call model.eval() first."
+        raise ArgumentError(describe("model", "one in training mode", "one in eval mode", remedy))

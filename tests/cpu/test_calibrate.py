@@ -389,9 +389,11 @@ def test_prompts_are_no_longer_than_the_model_takes(model):
     """With the tokens that it writes; what is asked for in so many words isn't changed."""
     model.config.max_position_embeddings = 1030
     lengths = []
-    model.register_forward_pre_hook(
-        lambda _, args, given: lengths.append(given["attention_mask"].shape[1]), with_kwargs=True
-    )
+
+    def seen(_module, args, given):
+        lengths.append(given["past_key_values"].get_seq_length() + args[0].shape[1])
+
+    model.register_forward_pre_hook(seen, with_kwargs=True)
     one = {"samples": 1, "num_decode_tokens": 2}
     mtsa.calibrate(model, one)
     assert lengths == [1028, 1029, 1030]

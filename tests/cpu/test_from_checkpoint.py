@@ -119,6 +119,21 @@ def test_lambda_is_the_scale_factor_over_the_number_of_keys(tmp_path, monkeypatc
     assert not tiny.same(by_formula, dense)
 
 
+def test_a_block_that_an_engine_calibrated_for_model_optimizer(tmp_path):
+    """Its targets are attention of any class, and it has a share of a phase that wasn't calibrated."""
+    block = {
+        "config_groups": {"group_0": {"sparse_algo": "softmax_skip", "targets": ["Attention"]}},
+        "threshold_scale_factor": {"formula": FORMULA, "prefill": FACTOR["prefill"]},
+        "target_sparse_ratio": {"prefill": 0.4, "decode": 0.5},
+        "producer": PRODUCER,
+    }
+    model = mtsa.sparsify(tiny.tiny_llama(), read(write(tmp_path, block)))
+    expected = pytest.approx(7.93 * math.exp(8.61 * 0.4), rel=1e-12)
+    assert plans(model) == dict.fromkeys(ATTENTION, (expected, None))
+    with pytest.raises(mtsa.ConfigError, match="one of them"):
+        read(write(tmp_path, block | {"target_sparsity": 0.5}))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_becomes_an_export_that_reads_back_the_same(form, tmp_path):
     def export(config):
