@@ -92,6 +92,17 @@ class Cell:
         return paired_interval(self.lost, self.gained, self.samples, CONFIDENCE)
 
     @property
+    def points(self) -> float:
+        """Per cent of samples answered by the sparse model, minus those by the dense one."""
+        return 100 * (self.gained - self.lost) / self.samples
+
+    @property
+    def points_interval(self) -> Interval:
+        """Of `points`."""
+        low, high = self.drop_interval
+        return -100 * high, -100 * low
+
+    @property
     def sparse_interval(self) -> Interval:
         """Wilson's, of the share that the sparse model answered."""
         return share_interval(self.sparse, self.samples, CONFIDENCE)

@@ -8,7 +8,7 @@ A block names a file and a group of variants, or ``tasks``, each task under each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -35,11 +35,44 @@ def summary(cell: Cell) -> str:
     return f"{place}{cell.dense} dense, {cell.sparse} sparse{skipped}"
 
 
-def group_table(cells: Sequence[Cell], group: str) -> str:
-    """Variants of a group by length: tiles skipped, bits per byte, and the task that lost most.
+@dataclass(frozen=True)
+class Row:
+    """One variant at one length.
 
-    Tasks are those that all variants of that length were measured on, with the same samples.
+    Args:
+        text: what was found on text; None where it wasn't measured.
+        tasks: what was found on tasks: those that all variants of that length were measured on, with the
+            same samples.
     """
+
+    length: int
+    variant: str
+    text: Cell | None
+    tasks: Sequence[Cell]
+
+    @property
+    def worst(self) -> Cell | None:
+        """The task that lost most, or gained least; None without tasks."""
+        return max(self.tasks, key=lambda cell: cell.drop, default=None)
+
+
+def rows(cells: Sequence[Cell], group: str) -> list[Row]:
+    """The variants of a group that were measured, by length."""
+    found = []
+    own = sorted((cell for cell in cells if cell.group == group), key=lambda cell: cell.length)
+    for length, of_length in groupby(own, key=lambda cell: cell.length):
+        of_all = list(of_length)
+        shared = _shared_tasks(of_all)
+        measured = {cell.variant for cell in of_all}
+        for variant in (each.name for each in GROUPS[group] if each.name in measured):
+            of_task = {cell.task: cell for cell in of_all if cell.variant == variant}
+            tasks = [of_task[name] for name in shared if name in of_task]
+            found.append(Row(length, variant, of_task.get(TEXT), tasks))
+    return found
+
+
+def group_table(cells: Sequence[Cell], group: str) -> str:
+    """Variants of a group by length: tiles skipped, bits per byte, and the task that lost most."""
     heads = (
         "length",
         group,
@@ -52,30 +85,22 @@ def group_table(cells: Sequence[Cell], group: str) -> str:
         "of",
     )
     lines = _begin(heads)
-    own = sorted((cell for cell in cells if cell.group == group), key=lambda cell: cell.length)
-    for length, of_length in groupby(own, key=lambda cell: cell.length):
-        of_all = list(of_length)
-        shared = _shared_tasks(of_all)
-        measured = {cell.variant for cell in of_all}
-        for variant in (each.name for each in GROUPS[group] if each.name in measured):
-            found = {cell.task: cell for cell in of_all if cell.variant == variant}
-            text = found.get(TEXT)
-            tasks = [found[name] for name in shared if name in found]
-            all_tasks = _together(tasks) if tasks else None
-            worst = max(tasks, key=lambda cell: cell.drop, default=None)
-            lines.append(
-                _line(
-                    f"{length}",
-                    variant,
-                    _skipped(text, group),
-                    _skipped(all_tasks, group),
-                    _more(text) if text else "",
-                    f"{text.samples}" if text else "",
-                    _points(all_tasks) if all_tasks else "",
-                    f"{worst.task} {_points(worst)}" if worst and worst.drop > 0 else "",
-                    f"{all_tasks.samples} of {_tasks(len(tasks))}" if all_tasks else "",
-                )
+    for row in rows(cells, group):
+        text, worst = row.text, row.worst
+        all_tasks = _together(row.tasks) if row.tasks else None
+        lines.append(
+            _line(
+                f"{row.length}",
+                row.variant,
+                _skipped(text, group),
+                _skipped(all_tasks, group),
+                _more(text) if text else "",
+                f"{text.samples}" if text else "",
+                _points(all_tasks) if all_tasks else "",
+                f"{worst.task} {_points(worst)}" if worst and worst.drop > 0 else "",
+                f"{all_tasks.samples} of {_tasks(len(row.tasks))}" if all_tasks else "",
             )
+        )
     return "\n".join(lines)
 
 
@@ -147,9 +172,8 @@ def _more(cell: Cell) -> str:
 
 
 def _points(cell: Cell) -> str:
-    low, high = cell.drop_interval
-    points = 100 * (cell.gained - cell.lost) / cell.samples
-    return f"{points:+.1f} ({-100 * high:+.1f} to {-100 * low:+.1f})"
+    low, high = cell.points_interval
+    return f"{cell.points:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _skipped(cell: Cell | None, group: str) -> str:

@@ -16,6 +16,8 @@ from modelopt_sparse.methods import (
     SparseMethodConfig,
     TritonSkipSoftmax,
     TritonSkipSoftmaxConfig,
+    TritonSkipSparseSoftmax,
+    TritonSkipSparseSoftmaxConfig,
     TritonSparseSoftmax,
     TritonSparseSoftmaxConfig,
     register_sparse_method,
@@ -26,10 +28,12 @@ from modelopt_sparse.methods import (
 from modelopt_sparse.patterns import Target
 
 SKIP, NM, FLASH = "triton_skip_softmax", "triton_sparse_softmax", "flash_skip_softmax"
+SKIP_NM = "triton_skip_sparse_softmax"
 BUILT_IN = {
     SKIP: (TritonSkipSoftmax, TritonSkipSoftmaxConfig),
     NM: (TritonSparseSoftmax, TritonSparseSoftmaxConfig),
     FLASH: (FlashSkipSoftmax, FlashSkipSoftmaxConfig),
+    SKIP_NM: (TritonSkipSparseSoftmax, TritonSkipSparseSoftmaxConfig),
 }
 
 

@@ -12,10 +12,12 @@ from transformers import LlamaForCausalLM
 
 import modelopt_sparse as mtsa
 from modelopt_sparse.methods import registry
+from modelopt_sparse.module_state import sparse_modules
 from tests.cpu import tiny
 from tests.cpu.tiny import config_of, generate, logits
 
 TRITON, FLASH, NM = "triton_skip_softmax", "flash_skip_softmax", "triton_sparse_softmax"
+TRITON_NM = "triton_skip_sparse_softmax"
 LENGTHS, TARGETS = [64, 512], [0.2, 0.8]
 
 
@@ -59,6 +61,10 @@ FIELDS = {
     (NM, "dense_window_size"): [(16, {})],
     (NM, "backend"): [("pytorch", {"dense_window_size": 16})],
 }
+# One method has the fields of two.
+FIELDS |= {
+    (TRITON_NM, field): values for (name, field), values in FIELDS.items() if name in (TRITON, NM)
+}
 # These only say where it is computed, or by which kernels.
 UNSEEN = {"backend"}
 CASES = [
@@ -69,14 +75,22 @@ CASES = [
 
 
 def test_every_field_of_every_method_is_tested():
-    ours = {key: registry.sparse_methods()[key].Config for key in (TRITON, FLASH, NM)}
-    fields = {(name, field) for name, config in ours.items() for field in config.model_fields}
+    ours = {
+        name: method.Config.model_fields
+        for name, method in registry.sparse_methods().items()
+        if method.__module__.startswith("modelopt_sparse.")
+    }
+    fields = {(name, field) for name, of_method in ours.items() for field in of_method}
     assert set(FIELDS) == fields - {(name, "method") for name in ours}
 
 
 def _outputs(model):
     with torch.no_grad():
         return logits(model), generate(model, tokens=3)
+
+
+def _configs(model):
+    return {name: module.method.config for name, module in sparse_modules(model)}
 
 
 def _same(a, b):
@@ -133,6 +147,7 @@ def _kept_in_every_way(model, folder):
     for name, way in WAYS.items():
         kept = way(model, folder / name)
         assert mtsa.modelopt_state(kept) == states, name
+        assert _configs(kept) == _configs(model), name
         assert _same(_outputs(kept), expected), name
     return expected
 
