@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,24 +79,32 @@ def parse_json(content: bytes) -> Any:
 def written_whole(path: Path) -> Iterator[Path]:
     """A place to write a file or a folder at, which becomes `path` at the end of the block.
 
-    It is gone if the block fails; then `path` is as before. A link stays one. A process that is killed leaves
-    a hidden folder beside it at most.
+    It is gone if the block fails; then `path` is as before. A link stays one, and what is replaced hands its
+    mode on. A process that is killed leaves a hidden folder beside it at most.
+
+    Raises:
+        OSError: what is there is a pipe or device, or can't be replaced.
     """
     path = path.resolve()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(describe("path", f"{str(path)!r}, a pipe or device", "a file or folder"))
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         yield new
         if new.is_file():
             _to_disk(new)
+        if path.exists():
+            shutil.copymode(path, new)
         if not (new.is_dir() and path.is_dir()):
             os.replace(new, path)
             return
         # The system puts a folder in the place of an empty one only.
-        os.replace(path, old)
         try:
+            os.replace(path, old)
             os.replace(new, path)
         except BaseException:
-            os.replace(old, path)
+            if not path.exists():
+                os.replace(old, path)
             raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from typer.core import TyperGroup
 
 from . import bench, calibrate, doctor, evaluate, explain, export, quickstart, report, sparsify
 
-FAILED, INTERRUPTED = 2, 130
+FAILED, UNEXPECTED, INTERRUPTED = 2, 70, 130
 
 
 class Commands(TyperGroup):
@@ -48,7 +49,7 @@ app = typer.Typer(
     name="modelopt-sparse",
     help="Sparse attention for Hugging Face models.",
     epilog="Exit codes: 0 done; 1 the check found a problem; 2 wrong usage, or an error, which is printed; "
-    "130 interrupted.",
+    "70 an unexpected error, with its traceback; 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -84,6 +85,9 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command runs
         typer.echo("Interrupted.", err=True)
         sys.exit(INTERRUPTED)
+    except Exception:  # left to Python it would end with 1, as a check that found a problem
+        traceback.print_exc()
+        sys.exit(UNEXPECTED)
 
 
 def _is_for_users(error: Exception) -> bool:

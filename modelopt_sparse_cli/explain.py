@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from .loading import blaming, import_libraries, load_model_config
+from .loading import blaming, check_is_sparse, import_libraries, load_model_config
 from .options import (
     ConfigOption,
     JsonOption,
     ModelArgument,
     PresetOption,
-    check_choice,
-    chosen_config,
+    check_not_both,
+    config_if_given,
 )
 from .reporting import reporting, waiting
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from modelopt_sparse import SparseAttentionConfig
+    from modelopt_sparse.patterns import Target
+
+    from .deciding import Decision
 
 OWN = "the model's own attention"
 """What a module runs that shares no configuration with a sparse one."""
@@ -34,23 +40,27 @@ def command(
 ) -> None:
     """Say which attention modules become sparse and why, and which kernels they would run on this machine.
 
-    Takes --preset or --config. Reads the model's config.json alone; no weights are loaded.
+    Takes --preset or --config, or a checkpoint that is sparse already. Reads config.json alone, no weights.
     """
-    check_choice(preset, config)
+    check_not_both(preset, config)
     with reporting(as_json) as report:
         import_libraries()
-        report.document = found = explained(model, chosen_config(preset, config), length)
+        report.document = found = explained(model, config_if_given(preset, config), length)
         report.console.print(table_of(found))
 
 
-def explained(model: str, config: SparseAttentionConfig, length: int) -> dict[str, Any]:
+def explained(model: str, config: SparseAttentionConfig | None, length: int) -> dict[str, Any]:
     """What the command says, as plain data.
 
+    Args:
+        config: None takes what the checkpoint says.
     Returns:
         ``model``; ``device``; ``length``; ``modules``, by name with ``class``, ``sparse``, ``why``, ``rules``
         that apply, ``fields`` of the method, and ``prefill`` and ``decode``: ``kernel``, ``is_sparse``,
         ``reasons``, or None where text doesn't reach it; ``unreached``: modules that no rule can reach, by
         name, and why.
+    Raises:
+        ArgumentError: there is no configuration and the checkpoint isn't sparse.
     """
     import torch
 
@@ -60,12 +70,14 @@ def explained(model: str, config: SparseAttentionConfig, length: int) -> dict[st
     from .deciding import decisions
     from .tracing import empty_model, trace, unreached
 
+    if config is None:
+        check_is_sparse(model)
     settings = load_model_config(model)
     with waiting("tracing the model"):
         with blaming(model):
             empty, mode = empty_model(settings)
         targets = attention_targets(empty)
-        decided = decisions(config, targets)
+        decided = saved_decisions(empty, targets) if config is None else decisions(config, targets)
         calls = trace(empty, mode, length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # transformers asks a configuration for the function, so its dense modules call ours as well.
@@ -102,6 +114,39 @@ def explained(model: str, config: SparseAttentionConfig, length: int) -> dict[st
             for name, cls in unreached(empty, set(targets)).items()
         },
     }
+
+
+def saved_decisions(model: PreTrainedModel, targets: dict[str, Target]) -> dict[str, Decision]:
+    """What the checkpoint of a model says of each of `targets`, by name. The model is dense afterwards.
+
+    Since its rules were written, modules may have been calibrated, enabled and disabled.
+
+    Raises:
+        StateError: what it says doesn't fit the model.
+    """
+    import modelopt_sparse as mtsa
+    from modelopt_sparse.config import Resolved
+    from modelopt_sparse.modes.apply import applied_modes
+    from modelopt_sparse.module_state import sparse_modules
+    from modelopt_sparse.sparse_mode import restore_from_block
+
+    from .deciding import decisions
+
+    restore_from_block(model)
+    (mode,) = applied_modes(model)
+    assert isinstance(mode.config, mtsa.SparseAttentionConfig)
+    saved = {
+        name: Resolved(module.method.config, module.enabled)
+        for name, module in sparse_modules(model)
+    }
+    mtsa.unsparsify(model)
+    found = {}
+    for name, decision in decisions(mode.config, targets).items():
+        found[name] = now = replace(decision, resolved=saved.get(name))
+        if now.is_sparse != decision.is_sparse:
+            why = f"{'enabled' if now.is_sparse else 'disabled'} when the checkpoint was saved"
+            found[name] = replace(now, why=why)
+    return found
 
 
 def table_of(found: dict[str, Any]) -> Table:

@@ -18,7 +18,7 @@ from .case import Case, Setting
 from .decode_step import small_step_cases, step_cases
 from .inputs import Shape
 from .plots import save_plots
-from .report import break_even_table, environment, said_of, save, save_csv, table_of
+from .report import break_even_table, environment, progress, said_of, save, save_csv, table_of
 from .run import Row, measure
 from .serving import serving_cases, small_serving_cases
 from .suites import smoke_cases, standard_cases
@@ -70,18 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = environment(setting.device)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()), highlight=False)
     rows: list[Row] = []
-    for group, members in groupby(cases, key=lambda case: case.group):
-        of_group: list[Row] = []
-        for case in members:
-            of_group += measure(case, setting, effort)
-            if options.json is not None:
-                save(options.json, where, [*rows, *of_group])
-            if options.csv is not None:
-                save_csv(options.csv, [*rows, *of_group])
-            if setting.device.type == "cuda":
-                torch.cuda.empty_cache()
-        console.print(table_of(group, of_group), highlight=False)
-        rows += of_group
+    with progress() as bar:
+        tracked = bar.track(cases, description="cases")
+        for group, members in groupby(tracked, key=lambda case: case.group):
+            of_group: list[Row] = []
+            for case in members:
+                of_group += measure(case, setting, effort)
+                if options.json is not None:
+                    save(options.json, where, [*rows, *of_group])
+                if options.csv is not None:
+                    save_csv(options.csv, [*rows, *of_group])
+                if setting.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            bar.stop()  # both may be in one terminal
+            console.print(table_of(group, of_group), highlight=False)
+            bar.start()
+            rows += of_group
     if options.plots is not None:
         for path in save_plots(options.plots, rows):
             print(f"wrote {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
+from modelopt_sparse.files import written_whole
 from modelopt_sparse.version import __version__
 
 from .break_even import Advice, BreakEven
@@ -69,6 +73,21 @@ def _cudnn_version() -> int | None:
     # It ships no types.
     version: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     return version
+
+
+def progress() -> Progress:
+    """A bar on standard error, if that is a terminal, with the time that is left.
+
+    It is drawn when it moves, never by a thread: that would run while something is timed.
+    """
+    console = Console(stderr=True)
+    return Progress(
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=math.inf,  # a case may take minutes
+    )
 
 
 def table_of(group: str, rows: Sequence[Row]) -> Table:
@@ -131,9 +150,9 @@ def _times(times: Times | None) -> str:
 
 
 def save_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a line a row; times in milliseconds."""
+    """Writes a line a row, the file whole or not at all; times in milliseconds."""
     times = ("median", "p20", "p80", "calls")
-    with path.open("w", newline="") as file:
+    with written_whole(path) as new, new.open("w", newline="") as file:
         writer = csv.writer(file)
         plain = [name for name in Row.__dataclass_fields__ if name not in ("ours", "theirs")]
         writer.writerow(
@@ -147,9 +166,10 @@ def save_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def save(path: Path, where: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Writes ``{"environment": ..., "rows": [...]}``; times in milliseconds."""
+    """Writes ``{"environment": ..., "rows": [...]}``, whole or not at all; times in milliseconds."""
     data = {"environment": where, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    with written_whole(path) as new:
+        new.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:

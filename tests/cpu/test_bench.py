@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modelopt_sparse.bench import (
+    __main__,
     baselines,
     decode_step,
     measure,
     packages,
+    report,
     serving,
     timing,
     whole_model,
@@ -35,6 +38,7 @@ from modelopt_sparse.bench.inputs import (
     greatest_share,
     plain,
 )
+from modelopt_sparse.bench.run import Row
 from modelopt_sparse.bench.serving import caches, serving_cases, small_serving_cases
 from modelopt_sparse.bench.suites import smoke_cases, standard_cases
 from modelopt_sparse.bench.timing import FULL, QUICK, Effort, Times, rounds_of, times_in_turn
@@ -157,6 +161,50 @@ def test_the_smoke_run_checks_and_times_every_kind_of_case(tmp_path, capsys):
     assert skipped["skip0-200"] == 0
     assert skipped["dense-200"] is None
     assert "own dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_tells_how_many_cases_are_done_and_no_thread_draws_it(
+    is_terminal, monkeypatch, capsys
+):
+    threads = set()
+
+    def measured(*args):
+        threads.update(type(thread).__module__ for thread in threading.enumerate())
+        return measure(*args)
+
+    monkeypatch.setattr(__main__, "measure", measured)
+    for variable, value in (("TERM", "xterm"), ("FORCE_COLOR", "1"), ("COLUMNS", "200")):
+        monkeypatch.delenv(variable, raising=False)
+        if is_terminal:
+            monkeypatch.setenv(variable, value)
+    assert main(["--smoke", "--only", "dense-200", "--only", "skip0-200"]) == 0
+    found = capsys.readouterr()
+    assert ("cases" in found.err and " 50%" in found.err and "100%" in found.err) is is_terminal
+    assert "dense-200" in found.out and "skip0-200" in found.out and "cases" not in found.out
+    assert threads and not any(name.startswith("rich") for name in threads)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_an_interrupt_while_rows_are_written_leaves_those_before(kind, tmp_path, monkeypatch):
+    path = tmp_path / f"rows.{kind}"
+    path.write_text("before")
+    row = Row("dense", "dense-200", "peer")
+
+    def half(self, text):
+        with self.open("w") as file:
+            file.write(text[:9])
+        raise KeyboardInterrupt
+
+    def rows():
+        yield row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        report.save(path, {}, [row]) if kind == "json" else report.save_csv(path, rows())
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -122,6 +122,27 @@ def test_the_command_says_it_as_a_table_and_as_a_document(on_a_cpu, tmp_path):
     assert document["device"] == "cpu" and document["unreached"] == {}
 
 
+def test_a_checkpoint_that_is_sparse_says_itself_what_it_does(on_a_cpu, tmp_path):
+    formula = {"target_sparsity": 0.3, "formula": {"a": 3.7, "b": 5.1}}
+    config = rules(**{"*": {"method": "triton_skip_softmax", "skip_softmax_threshold": formula}})
+    model = mtsa.sparsify(tiny_llama(), config)
+    mtsa.disable_sparse_attention(model, SECOND)
+    mtsa.set_sparsity(model, 0.4)
+    model.save_pretrained(tmp_path / "sparse")
+    arguments = ["explain", str(tmp_path / "sparse"), "--length", "300", "--json"]
+    modules = json.loads(CliRunner().invoke(app, arguments).stdout)["modules"]
+    first, second = modules[FIRST], modules[SECOND]
+    assert first["sparse"] and first["prefill"]["is_sparse"] and first["rules"] == ["*"]
+    assert first["why"] == "triton_skip_softmax, by the rule '*'"
+    assert first["fields"]["skip_softmax_threshold"]["target_sparsity"] == 0.4
+    assert not second["sparse"] and not second["prefill"]["is_sparse"]
+    assert second["why"] == "disabled when the checkpoint was saved"
+    # What is given counts before what it says.
+    given = [*arguments, "--preset", "sparse_softmax"]
+    modules = json.loads(CliRunner().invoke(app, given).stdout)["modules"]
+    assert {module["fields"]["method"] for module in modules.values()} == {"triton_sparse_softmax"}
+
+
 def test_a_module_that_a_rule_leaves_out_runs_our_dense_attention(on_a_cpu, tmp_path):
     config = rules(**{SECOND: {"method": "triton_skip_softmax"}})
     found = explained(saved(tmp_path), config, 300)["modules"]

@@ -62,6 +62,45 @@ def test_a_link_stays_one(tmp_path):
     assert (tmp_path / "target.json").read_text() == "new"
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_replaced_hands_its_mode_on(kind, tmp_path):
+    path = tmp_path / "a"
+    path.mkdir() if kind == "folder" else path.write_text("old")
+    path.chmod(0o700)
+    with written_whole(path) as new:
+        new.mkdir() if kind == "folder" else new.write_text("new")
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a pipe or device"), written_whole(tmp_path / "pipe") as new:
+        new.write_text("new")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize(("renames", "left"), [(1, "old"), (2, "new")])
+def test_an_interrupt_right_after_a_rename_leaves_one_folder_whole(
+    renames, left, tmp_path, monkeypatch
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    calls, replace = [], os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        calls.append(target)
+        if len(calls) == renames:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "folder") as new:
+        new.mkdir()
+        (new / "new").write_text("new")
+    assert _content(tmp_path) == {f"folder/{left}": left.encode()}
+    assert os.listdir(tmp_path) == ["folder"]
+
+
 @pytest.mark.parametrize("failing", ["the block", "os.replace", "the second os.replace"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_failure_leaves_what_was_there(kind, failing, tmp_path, monkeypatch):
