@@ -29,7 +29,13 @@ LengthOption = Annotated[
     int, typer.Option("--length", help="Tokens of each window or prompt.", min=128)
 ]
 SamplesOption = Annotated[
-    int, typer.Option("--samples", help="Windows of each file, or made-up prompts.", min=1)
+    int,
+    typer.Option(
+        "--samples",
+        help="Windows of each file, fewer of one too short for so many that don't overlap; "
+        "or made-up prompts.",
+        min=1,
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ import math
 import sysconfig
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,7 +35,14 @@ def command(
     preset: PresetOption = None,
     config: ConfigOption = None,
     length: Annotated[int, typer.Option("--length", help="Tokens of each window.", min=16)] = 2048,
-    windows: Annotated[int, typer.Option("--windows", help="Windows to score.", min=1)] = 4,
+    windows: Annotated[
+        int,
+        typer.Option(
+            "--windows",
+            help="Windows to score, fewer of a --text too short for so many that don't overlap.",
+            min=1,
+        ),
+    ] = 4,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -61,19 +68,19 @@ def command(
         import_libraries()
         chosen = chosen_config(preset, config)
         loaded = on_gpu(load_model(name))
-        words = python_sources(16 * windows * (length + 1)) if text is None else read_words(text)
+        words = python_sources(16 * windows * length) if text is None else read_words(text)
         rows = text_windows(name, loaded, words, length, windows)
         pieces = [partial(bits_per_token, loaded, row) for row in rows]
         measure = {"bits per token": Measure(pieces)}
         found = compare(loaded, chosen, measure, rows[0][:, :256])
-        found.show(report.console, measure, f"{windows} windows of {length} tokens")
+        found.show(report.console, measure, f"{len(rows)} windows of {length} tokens")
         report.document = {
             "model": name,
             "config": chosen.to_dict(),
             "length": length,
-            "windows": windows,
-            "dense": _finite(found.dense),
-            "sparse": _finite(found.sparse),
+            "windows": len(rows),
+            "dense": found.dense,
+            "sparse": found.sparse,
             "modules": found.stats,
             "restored": found.is_restored,
         }
@@ -100,8 +107,3 @@ def python_sources(size: int) -> str:
             break
         text += path.read_text(encoding="utf-8", errors="ignore")
     return text[:size]
-
-
-def _finite(values: dict[str, float]) -> dict[str, Any]:
-    """JSON has no infinity."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}

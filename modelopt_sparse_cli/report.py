@@ -98,9 +98,11 @@ def skips_in_decode(model: PreTrainedModel) -> bool:
 def _check(model: PreTrainedModel, batches: list[Tensor], bar: Any) -> CalibrationCheck | None:
     """Target against achieved on the same prompts, whole and halved twice.
 
+    Of one that leaves the model no room for what it writes after it, as much as does.
     None if nothing is calibrated, or all of them are shorter than what was.
     """
     import modelopt_sparse as mtsa
+    from modelopt_sparse.calibration.prompts import context_of
     from modelopt_sparse.methods.calibrated import SkipSoftmaxConfig
     from modelopt_sparse.methods.fields import least_context
     from modelopt_sparse.module_state import sparse_modules
@@ -111,7 +113,11 @@ def _check(model: PreTrainedModel, batches: list[Tensor], bar: Any) -> Calibrati
         return None
     configs = (module.method.config for _, module in sparse_modules(model))
     least = min(least_context(x.min_context) for x in configs if isinstance(x, SkipSoftmaxConfig))
-    halves = [ids[:, : ids.shape[1] >> halved] for halved in range(3) for ids in batches]
+    context, written = context_of(model), mtsa.CalibrationConfig().num_decode_tokens
+    longest = None if context is None else context - written
+    halves = [
+        ids[:, : ids.shape[1] >> halved][:, :longest] for halved in range(3) for ids in batches
+    ]
     parts = [ids for ids in halves if ids.shape[1] >= least]
     if not parts:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -29,7 +30,7 @@ class Report:
 
     Args:
         console: for tables and lines.
-        document: the same as plain data; its values are finite.
+        document: the same as plain data.
     """
 
     console: Console
@@ -47,7 +48,7 @@ def reporting(as_json: bool) -> Iterator[Report]:
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         yield report
     if as_json:
-        print(json.dumps(report.document, indent=2, allow_nan=False))
+        print(json.dumps(_finite(report.document), indent=2, allow_nan=False))
 
 
 def progress() -> Progress:
@@ -67,6 +68,15 @@ def waiting(text: str) -> Iterator[None]:
     """A spinner on standard error, for what can't tell how far it is."""
     with Console(stderr=True).status(text):
         yield
+
+
+def _finite(value: Any) -> Any:
+    """The same; JSON has no infinity and no NaN, so they are None."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _console(is_stderr: bool) -> Console:

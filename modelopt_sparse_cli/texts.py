@@ -28,45 +28,47 @@ def read_words(path: Path) -> str:
 def text_windows(
     name: str, model: PreTrainedModel, words: str, length: int, count: int
 ) -> list[Tensor]:
-    """`count` windows of `length` + 1 tokens on the model's device, evenly over the text: [1, length + 1].
+    """`count` windows of `length` tokens on the model's device, evenly over the text: [1, length].
 
-    They don't overlap where the text is long enough. Of a long one, parts alone are turned into tokens.
+    Each begins with the tokens that every text begins with. None overlap: of a short text there are fewer.
+    Of a long one, parts alone are turned into tokens.
 
     Raises:
-        ArgumentError: the model takes fewer tokens, has no tokenizer, or the text is too short.
+        ArgumentError: the model takes fewer tokens, has no tokenizer, or the text is too short for one.
     """
     import torch
 
+    from modelopt_sparse.calibration.prompts import opening_tokens
     from modelopt_sparse.errors import ArgumentError, describe
 
     check_length(model, length)
     tokenizer = find_tokenizer(name)
     if tokenizer is None:
         raise ArgumentError(describe("MODEL", f"{name!r}, without a tokenizer", "one with it"))
-    windows = _from_parts(tokenizer, words, length + 1, count)
+    opening = opening_tokens(tokenizer)
+    size = length - len(opening)
+    windows = _from_parts(tokenizer, words, size, count)
     if windows is None:
         tokens = _tokens(tokenizer, words)
-        if len(tokens) < length + 1:
+        if len(tokens) < size:
             remedy = "Give a longer --text, or a smaller --length."
-            got, takes = f"a text of {len(tokens)} tokens", f"at least {length + 1}"
+            got, takes = f"a text of {len(opening) + len(tokens)} tokens", f"at least {length}"
             raise ArgumentError(describe("--text", got, takes, remedy))
-        windows = _evenly(tokens, length + 1, count)
-    return [torch.tensor([window], device=model.device) for window in windows]
+        windows = _evenly(tokens, size, min(count, len(tokens) // size))
+    return [torch.tensor([[*opening, *window]], device=model.device) for window in windows]
 
 
 def _from_parts(tokenizer: Any, words: str, size: int, count: int) -> list[list[int]] | None:
-    """The windows at the beginnings of parts of the text; None where it, or what a part has, is too short."""
+    """The beginnings of parts of the text; None where it, or what a part has, is too short."""
     part = _CHARACTERS * size
     if count * part >= len(words):
         return None
-    parts = _evenly(words, part, count)
-    windows = [_tokens(tokenizer, each, not index)[:size] for index, each in enumerate(parts)]
+    windows = [_tokens(tokenizer, each)[:size] for each in _evenly(words, part, count)]
     return windows if all(len(window) == size for window in windows) else None
 
 
-def _tokens(tokenizer: Any, words: str, is_first: bool = True) -> list[int]:
-    """With the tokens that a text begins with, if it is the first."""
-    ids: list[int] = tokenizer(words, add_special_tokens=is_first, verbose=False)["input_ids"]
+def _tokens(tokenizer: Any, words: str) -> list[int]:
+    ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 

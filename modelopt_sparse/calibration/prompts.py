@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def prompts(
         FileNotFoundError: a file isn't there.
     """
     tokenizer = _tokenizer(model, config.tokenizer)
+    begin = opening_tokens(tokenizer)
     lengths = lengths or _halves(fitting(model, config).max_seqlen)
     for index in range(config.samples):
         # All lengths with one kind of task, or one file, before the next.
@@ -79,14 +80,12 @@ def prompts(
         length = lengths[place]
         if config.text_files is None:
             task = make_task(turn, f"{seed}/{index}")
-            opening, question = (
-                _ids(tokenizer, f"{task.opening}\n"),
-                _tail(tokenizer, task.question),
-            )
+            opening = [*begin, *_tail(tokenizer, f"{task.opening}\n")]
+            question = _tail(tokenizer, task.question)
             middle = _many(tokenizer, (f"{line}\n" for line in task.lines))
         else:
             path = config.text_files[turn % len(config.text_files)]
-            opening, question = _ids(tokenizer, ""), []
+            opening, question = begin, []
             middle = _many(tokenizer, _parts(path, (_NEXT * index + _APART * seed) % 1.0))
         wanted = length - len(opening) - len(question)
         if wanted < 1:
@@ -150,10 +149,10 @@ def tokenizer_of(name: str) -> Any | None:
     return found if len(found.get_vocab()) > len(found.all_special_ids) else None
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """The beginning of a prompt, with the tokens that every prompt begins with."""
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that every text begins with; what others end with isn't among them."""
+    own = _tail(tokenizer, "a")
+    return list(takewhile(lambda token: token not in own, tokenizer("a")["input_ids"]))
 
 
 def _tail(tokenizer: Any, text: str) -> list[int]:

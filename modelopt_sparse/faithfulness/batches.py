@@ -11,6 +11,9 @@ from torch import Tensor
 
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, UnsupportedCall, describe
 
+# What `compare` gives to each call itself.
+_GIVEN = "past_key_values", "use_cache", "return_dict"
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -34,7 +37,8 @@ class Batch:
             name: what messages call it.
         Raises:
             ArgumentTypeError, ArgumentError: it is no such thing, or a sequence has less than two tokens.
-            UnsupportedCall: it brings a cache, which the first of two passes would change for the second.
+            UnsupportedCall: it has arguments that `compare` gives itself. A cache is one: the first of two
+                passes would change it for the second.
         """
         if isinstance(batch, Tensor):
             batch = {"input_ids": batch}
@@ -42,9 +46,10 @@ class Batch:
             takes = "token ids [B, T], or a mapping of forward arguments with input_ids"
             raise ArgumentTypeError(describe(name, f"a {type(batch).__name__}", takes))
         arguments = dict(batch)
-        if arguments.get("past_key_values") is not None:
-            takes = "None: whole sequences are compared"
-            raise UnsupportedCall(describe(f"{name}.past_key_values", "a cache", takes))
+        given = [key for key in _GIVEN if key in arguments]
+        if given:
+            takes = "no argument that compare gives itself"
+            raise UnsupportedCall(describe(name, ", ".join(given), takes, "Leave it out."))
         ids = _ids(f"{name}.input_ids", arguments.get("input_ids"))
         text = _text(f"{name}.attention_mask", arguments.get("attention_mask"), ids)
         scored = text[:, :-1] & text[:, 1:]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modelopt_sparse.errors import ArgumentError, ArgumentTypeError, UnsupportedModel, describe
 from modelopt_sparse.kernels.types import Phase
-from modelopt_sparse.modes.apply import check_model
+from modelopt_sparse.modes.apply import check_eval_mode, check_model
 from modelopt_sparse.module import SparseAttentionModule, counting_anew, observed
 from modelopt_sparse.module_state import sparse_modules
 
@@ -56,8 +56,10 @@ def compare(
         ArgumentError, ArgumentTypeError: not a model, no module of it is sparse and enabled, or none was
             called; it trains; a batch isn't what is taken, has a sequence of less than two tokens, or there
             are none.
-        UnsupportedModel: its output has no logits of each token, or it has an encoder and a decoder.
-        UnsupportedCall: a batch brings a cache; or whatever the attention refuses.
+        UnsupportedModel: its output has no logits of each token, or no cache where tokens are decoded; or it
+            has an encoder and a decoder.
+        UnsupportedCall: a batch has ``past_key_values``, ``use_cache`` or ``return_dict``, which are given
+            here; or whatever the attention refuses.
     """
     modules = _enabled_modules(model)
     if isinstance(inputs, Tensor | Mapping | str) or not isinstance(inputs, Iterable):
@@ -107,9 +109,7 @@ def _enabled_modules(model: nn.Module) -> dict[str, SparseAttentionModule]:
         remedy = "Call sparsify, or enable_sparse_attention, first."
         takes = "a model with at least one"
         raise ArgumentError(describe("model", "no enabled sparse module", takes, remedy))
-    if any(module.training for module in model.modules()):
-        remedy = "Call model.eval() first."
-        raise ArgumentError(describe("model", "one in training mode", "one in eval mode", remedy))
+    check_eval_mode(model)
     return modules
 
 
@@ -129,6 +129,10 @@ def _logits(model: nn.Module, batch: Batch, decoded: int) -> Tensor:
         output = model(**arguments, **with_cache)
         found.append(_checked_logits(model, arguments["input_ids"].shape, output))
         cache = getattr(output, "past_key_values", None)
+        if decoded and cache is None:
+            got = f"a {type(model).__name__} whose output has no past_key_values"
+            takes = "one that returns its cache, where tokens are decoded"
+            raise UnsupportedModel(describe("model", got, takes, "Leave num_decode_tokens at 0."))
     return torch.cat(found, 1)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from typer.testing import CliRunner
 
 import modelopt_sparse as mtsa
 import modelopt_sparse_cli
-from modelopt_sparse_cli import app, bench, doctor, loading, options, quickstart
+from modelopt_sparse_cli import app, bench, doctor, heads, loading, options, quickstart
+from modelopt_sparse_cli.heads import skipped_by_head
 from modelopt_sparse_cli.interrupts import interrupted_afterwards
 from tests.cpu.tiny import SKIP, logits, tiny_llama
 
@@ -93,7 +95,8 @@ def test_no_file_imports_anything_heavy_outside_of_a_function(path):
 
 def test_help_says_what_exit_codes_mean():
     said = " ".join(run("--help").stdout.split())
-    assert "0 done; 1 the check found a problem; 2 wrong usage" in said and "130" in said
+    assert "0 done; 1 the check found a problem; 2 wrong usage" in said
+    assert "70 an unexpected error" in said and "130 interrupted" in said
 
 
 def test_the_version_is_told_at_once():
@@ -282,6 +285,23 @@ def test_an_interrupt_before_there_is_a_command():
     assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
 
 
+UNEXPECTED = """
+from modelopt_sparse_cli import doctor, main
+
+def broken():
+    raise RuntimeError("of nobody's")
+
+doctor.required_packages = broken
+main()
+"""
+
+
+def test_an_error_that_nobody_expects_has_a_traceback_and_an_exit_code_of_its_own():
+    done = started(UNEXPECTED, "doctor")
+    assert done.returncode == 70 and done.stdout == ""
+    assert "Traceback" in done.stderr and "RuntimeError: of nobody's" in done.stderr
+
+
 def test_interrupts_are_as_before_after_they_were_held_back():
     before = signal.getsignal(signal.SIGINT)
     ran = []
@@ -400,7 +420,9 @@ def test_a_folder_that_is_no_checkpoint_and_a_configuration_without_weights(chec
 def test_one_of_preset_and_config(checkpoint, tmp_path):
     (tmp_path / "rules.json").write_text("{}")
     both = "--preset", "skip_softmax", "--config", tmp_path / "rules.json"
-    assert failed(run("explain", checkpoint), 2, "got neither")
+    sparsify = "sparsify", checkpoint, "--output", tmp_path / "out"
+    assert failed(run(*sparsify), 2, "got neither")
+    assert failed(run("explain", checkpoint), 2, "which isn't sparse", "--preset or --config")
     assert failed(run("explain", checkpoint, *both), 2, "got both")
     assert failed(run("explain", checkpoint, "--preset", "no_such"), 2, "no_such", "skip_softmax")
     assert failed(run("explain", checkpoint, "--config", tmp_path / "no.json"), 2, "no.json")
@@ -455,6 +477,14 @@ def test_quickstart_wants_enough_text(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     done = run("quickstart", "--text", tmp_path / "short.txt", "--length", 300)
     assert failed(done, 2, "a smaller --length")
+
+
+def test_layers_of_other_head_counts_have_blanks():
+    counts = {"skipped": [1, 0], "visible": [4, 4]}, {"skipped": [2], "visible": [4]}
+    shares = skipped_by_head({f"{n}": {"prefill": each} for n, each in enumerate(counts)})
+    assert shares[0].tolist() == [0.25, 0] and shares[1, 0] == 0.5 and isnan(shares[1, 1])
+    table = heads.table_of(shares)
+    assert [list(column.cells) for column in table.columns] == [["0", "1"], ["25", "50"], ["0", ""]]
 
 
 # doctor

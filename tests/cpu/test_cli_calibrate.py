@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import modelopt_sparse as mtsa
 from modelopt_sparse.calibration import prompts as prompts_file
 from modelopt_sparse.module_state import sparse_modules
-from modelopt_sparse_cli import app, texts
+from modelopt_sparse_cli import app, quickstart, texts
 from tests.cpu.bundled import LAYERS, MODEL, dense_model, source
 from tests.cpu.test_cli import ROOT, failed, run
-from tests.cpu.tiny import tiny_llama
+from tests.cpu.tiny import config_of, tiny_llama
 
 QUICK = "--samples", 2, "--max-seqlen", 1024, "--num-decode-tokens", 2
 TEXT = ROOT / "README.md"
@@ -330,9 +330,9 @@ def test_eval_is_compare_on_windows_of_the_texts(calibrated, tmp_path):
     batches = []
     for path in files:
         ids = tokenizer(path.read_text(), return_tensors="pt", verbose=False)["input_ids"]
-        batches += [ids[:, :601], ids[:, -601:]]
+        batches += [ids[:, :600], torch.cat([ids[:, :1], ids[:, -599:]], 1)]
     wanted = mtsa.compare(mtsa.from_pretrained(AutoModelForCausalLM, calibrated[0]), batches)
-    assert document["sequences"] == 4 and document["tokens"] == 4 * 600
+    assert document["sequences"] == 4 and document["tokens"] == 4 * 599
     assert {name: document[name] for name in wanted.to_dict()} == wanted.to_dict()
 
 
@@ -395,55 +395,142 @@ def test_a_byte_order_mark_is_no_text(dense, tmp_path):
 
 
 class Words:
-    """A tokenizer of words that are numbers. It counts what it is given."""
+    """A tokenizer of words. It counts what it is given.
 
-    def __init__(self):
-        self.given = 0
+    Numbers are their own tokens; texts begin with 0, and end with what it is made with.
+    """
 
-    def __call__(self, text, add_special_tokens, verbose):
+    def __init__(self, *ending):
+        self.given, self.ending = 0, ending
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         self.given += len(text)
-        return {"input_ids": [0] * add_special_tokens + [int(word) for word in text.split()]}
+        own = [int(word) if word.isdigit() else 1 for word in text.split()]
+        return {"input_ids": [0, *own, *self.ending] if add_special_tokens else own}
 
 
-def windows(monkeypatch, words, length, count):
-    """The words of each window, and how many characters became tokens."""
-    tokenizer = Words()
+def windows(monkeypatch, words, length, count, *ending):
+    """The words of each window, and how many characters became tokens. Each has what texts begin with."""
+    tokenizer = Words(*ending)
     monkeypatch.setattr(texts, "find_tokenizer", lambda name: tokenizer)
     found = texts.text_windows("any", tiny_llama(), words, length, count)
-    assert all(ids.shape == (1, length + 1) for ids in found)
-    return [ids[0].tolist() for ids in found], tokenizer.given
+    assert all(ids.shape == (1, length) and ids[0, 0] == 0 for ids in found)
+    return [ids[0, 1:].tolist() for ids in found], tokenizer.given
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_of_a_long_text_only_what_is_needed_becomes_tokens(count, monkeypatch):
     words = " ".join(map(str, range(100_000, 200_000)))
-    found, given = windows(monkeypatch, words, 99, count)
-    assert given == 16 * 100 * count < len(words) / 10
-    assert found == windows(monkeypatch, words, 99, count)[0]
-    # The first is the text's beginning, with the token that a text begins with; the last is near its end.
-    assert found[0] == [0, *range(100_000, 100_099)]
+    found, given = windows(monkeypatch, words, 100, count)
+    assert 16 * 99 * count <= given < 16 * 100 * count < len(words) / 10
+    assert found == windows(monkeypatch, words, 100, count)[0]
+    # The first is the text's beginning; the last is near its end.
+    assert found[0] == list(range(100_000, 100_099))
     assert count == 1 or found[-1][-1] > 199_000
     # In between there is at most a word that is cut; and no window has a word of another.
     inside = [window[1:] for window in found]
-    assert all(window == list(range(window[0], window[0] + 99)) for window in inside)
+    assert all(window == list(range(window[0], window[0] + 98)) for window in inside)
     assert all(early[-1] < late[0] for early, late in pairwise(inside))
 
 
 def test_a_long_text_with_few_tokens_has_windows_that_do_not_overlap(monkeypatch):
-    words = (" " * 100).join(map(str, range(400)))
-    found, given = windows(monkeypatch, words, 99, 4)
-    assert found[0] == [0, *range(99)] and found[-1] == list(range(300, 400))
+    words = (" " * 100).join(map(str, range(1, 401)))
+    found, given = windows(monkeypatch, words, 100, 4)
+    assert found[0] == list(range(1, 100)) and found[-1] == list(range(302, 401))
     assert all(early[-1] < late[0] for early, late in pairwise(found))
     assert given > len(words)
 
 
-def test_windows_overlap_where_the_text_has_no_more(monkeypatch):
-    found, _ = windows(monkeypatch, " ".join(map(str, range(119))), 99, 3)
-    assert found == [[0, *range(99)], list(range(9, 109)), list(range(19, 119))]
+@pytest.mark.parametrize(("tokens", "count"), [(99, 1), (197, 1), (198, 2), (296, 2), (500, 3)])
+def test_a_short_text_has_fewer_windows_and_none_overlap(tokens, count, monkeypatch):
+    found, _ = windows(monkeypatch, " ".join(map(str, range(tokens))), 100, 3)
+    assert len(found) == count and found[0] == list(range(99))
+    assert all(early[-1] < late[0] for early, late in pairwise(found))
+    assert count == 1 or found[-1][-1] == tokens - 1
+
+
+def test_a_text_too_short_for_a_window(monkeypatch):
     with pytest.raises(
         mtsa.SparseAttentionError, match="got a text of 99 tokens; takes at least 100"
     ):
-        windows(monkeypatch, " ".join(map(str, range(98))), 99, 3)
+        windows(monkeypatch, " ".join(map(str, range(98))), 100, 3)
+
+
+@pytest.mark.parametrize("ending", [0, 2])
+@pytest.mark.parametrize("tokens", [250, 100_000])
+def test_windows_have_no_token_that_texts_end_with(tokens, ending, monkeypatch):
+    words = " ".join(map(str, range(10, 10 + tokens)))
+    wanted, _ = windows(monkeypatch, words, 100, 2)
+    assert windows(monkeypatch, words, 100, 2, ending)[0] == wanted
+    assert wanted[0] == list(range(10, 109))
+
+
+@pytest.fixture
+def learned_positions(tmp_path):
+    """A checkpoint that has no position after 256 tokens, with a formula fitted to skip a share."""
+    size = {"n_layer": 1, "n_head": 2, "n_embd": 32}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=256, **size))
+    fitted = {"formula": {"a": 5.0, "b": 3.0}, "target_sparsity": 0.5}
+    mtsa.sparsify(model, config_of("triton_skip_softmax", skip_softmax_threshold=fitted))
+    model.save_pretrained(tmp_path / "learned")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "learned")
+    return tmp_path / "learned"
+
+
+@pytest.mark.parametrize("name", ["eval", "report"])
+def test_windows_may_be_as_long_as_the_model_takes(name, learned_positions, tmp_path):
+    options = "--text", TEXT, "--length", 256, "--samples", 2, "--json"
+    output = ["--output", tmp_path / "report.html"] * (name == "report")
+    done = run(name, learned_positions, *options, *output)
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    found = document.get("comparison", document)
+    assert (found["sequences"], found["tokens"]) == (2, 2 * 255)
+    if name == "report":
+        # The longest leaves room for the 64 tokens that are written after it.
+        rows = [(row["length"], row["sequences"]) for row in document["check"]["rows"]]
+        assert rows == [(64, 2), (128, 2), (192, 2)]
+
+
+def test_windows_of_quickstart_may_be_as_long_as_the_model_takes(dense, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a b c " * 100)
+    options = "--text", path, "--length", 256, "--windows", 3
+    lengths = []
+    with pytest.MonkeyPatch.context() as patch:
+        score = quickstart.bits_per_token
+        patch.setattr(
+            quickstart,
+            "bits_per_token",
+            lambda model, row: lengths.append(row.shape[1]) or score(model, row),
+        )
+        done = run("quickstart", dense, *options, "--json")
+    assert done.exit_code == 0, done.output
+    # Dense and sparse, on the two windows that the text has.
+    assert lengths == 4 * [256]
+    assert json.loads(done.stdout)["windows"] == 2
+
+
+# documents
+
+
+@pytest.mark.parametrize("name", ["eval", "report", "quickstart"])
+def test_numbers_that_are_not_finite_are_null(name, dense, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    model.model.norm.weight.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "model")
+    options = "--preset", "skip_softmax", "--text", TEXT, "--length", 200, "--json"
+    output = ["--output", tmp_path / "report.html"] * (name == "report")
+    done = run(name, tmp_path / "model", *options, *output)
+    document = json.loads(done.stdout)
+    if name == "quickstart":
+        assert document["dense"] == {"bits per token": None}
+        return
+    assert done.exit_code == 0, done.output
+    found = document.get("comparison", document)
+    assert found["dense_bits"] is None and found["kl_bits"]["interval"] == [None, None]
+    assert found["tokens"] == 4 * 199
 
 
 # export
@@ -474,10 +561,12 @@ def test_a_formula_that_is_off_is_said(calibrated, tmp_path):
     (line,) = (line for line in done.stderr.splitlines() if "Warning" in line)
     assert "in prefill the formula is off by up to 12.5 points of sparsity" in line
     done = run("export", folder, "--output", tmp_path / "export.json", "--json")
-    assert json.loads(done.stdout) == wanted | {"worst_error": {"prefill": 12.5}}
     assert "Warning: in prefill" in done.stderr
-    # The file is what engines take.
-    assert json.loads((tmp_path / "export.json").read_text()) == wanted
+    # The document is the block that engines read, as the file is, and as we read it.
+    assert json.loads(done.stdout) == json.loads((tmp_path / "export.json").read_text()) == wanted
+    block = json.dumps({"sparse_attention_config": json.loads(done.stdout)})
+    (tmp_path / "config.json").write_text(block)
+    assert mtsa.SparseAttentionConfig.from_checkpoint(tmp_path).sparse_cfg["type:LlamaAttention"]
 
 
 def test_a_formula_that_is_not_used_is_not_spoken_of(calibrated, tmp_path):
@@ -486,8 +575,7 @@ def test_a_formula_that_is_not_used_is_not_spoken_of(calibrated, tmp_path):
     mtsa.set_sparsity(model, {"prefill": 0.0})
     model.save_pretrained(tmp_path / "dense prefill")
     done = run("export", tmp_path / "dense prefill", "--json")
-    assert done.exit_code == 0 and "worst_error" not in json.loads(done.stdout)
-    assert "Warning" not in done.stderr
+    assert done.exit_code == 0 and "Warning" not in done.stderr
 
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["new", "force"])

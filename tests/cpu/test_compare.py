@@ -354,11 +354,19 @@ REFUSED_INPUTS = {
         ValueError,
         r"attention_mask: got shape \[1, 1, 3, 3\]",
     ),
-    "a cache": (
-        [{"input_ids": prompt(3), "past_key_values": object()}],
-        NotImplementedError,
-        "past_key_values: got a cache",
-    ),
+    **{
+        f"{key} {value}": (
+            [{"input_ids": prompt(3), key: value}],
+            NotImplementedError,
+            rf"inputs\[0\]: got {key}; takes no argument that compare gives",
+        )
+        for key, value in (
+            ("past_key_values", "a cache"),
+            ("past_key_values", None),
+            ("use_cache", False),
+            ("return_dict", True),
+        )
+    },
 }
 
 

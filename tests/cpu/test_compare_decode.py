@@ -99,3 +99,16 @@ def test_batches_that_can_not_be_decoded_are_refused(case):
 def test_numbers_of_tokens_that_are_not_taken(count):
     with pytest.raises(mtsa.ArgumentError, match="num_decode_tokens: got"):
         mtsa.compare(sparse_llama(), [prompt(50)], num_decode_tokens=count)
+
+
+def test_a_model_that_returns_no_cache_can_not_decode():
+    model = sparse_llama()
+
+    def without_cache(module, args, output):
+        output.past_key_values = None
+
+    model.register_forward_hook(without_cache)
+    assert mtsa.compare(model, [prompt(50)]).tokens == 49
+    message = "a LlamaForCausalLM whose output has no past_key_values; takes one that returns"
+    with pytest.raises(mtsa.UnsupportedModel, match=message):
+        mtsa.compare(model, [prompt(50)], num_decode_tokens=DECODED)
