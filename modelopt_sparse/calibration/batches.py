@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ _TAKES = "token ids, [tokens] or [batch, tokens], not empty, or a mapping with t
 # What else is in a mapping would change what the model computes.
 _KEYS = ("input_ids", "attention_mask", "labels")
 
-
 Batches = Iterable[Any] | Dataset[Any]
 """Batches to go through, or rows to index: what each may be, `sequences` says."""
 
@@ -26,15 +25,14 @@ def batches_of(name: str, data: Batches) -> Iterable[Any]:
     Raises:
         ArgumentTypeError: it is neither, or a single batch.
     """
-    if isinstance(data, Tensor | Mapping | str | Callable):
-        got, remedy = repr(data)[:100], "Put a single batch in a list."
-        raise ArgumentTypeError(describe(name, got, "an iterable of batches, or a dataset", remedy))
-    if isinstance(data, Iterable):
+    is_one = isinstance(data, Tensor | Mapping | str)
+    if isinstance(data, Iterable) and not is_one:
         return data
-    if isinstance(data, Sized) and hasattr(data, "__getitem__"):
+    if isinstance(data, Sized) and hasattr(data, "__getitem__") and not is_one:
         return (data[index] for index in range(len(data)))
-    got = repr(data)[:100]
-    raise ArgumentTypeError(describe(name, got, "an iterable of batches, or a dataset"))
+    takes = "an iterable of batches, or a dataset"
+    remedy = "Put a single batch in a list." if is_one else ""
+    raise ArgumentTypeError(describe(name, repr(data)[:100], takes, remedy))
 
 
 def token_ids(batch: object, device: torch.device) -> Tensor | None:

@@ -124,7 +124,7 @@ class SparseAttentionConfig(BaseModel):
 
         Skip-softmax, if its formula is ``a * exp(b * target_sparsity)``, becomes ``triton_skip_softmax``, and
         N:M sparsity ``triton_sparse_softmax``. Nothing in the file is evaluated. As with engines, there is no
-        ``min_context``: sequences of fewer keys than the scale factor run at lambda 1. Give one by `with_rule`.
+        ``min_context``: sequences of fewer keys than the scale factor run at lambda 1. `with_rule` gives one.
 
         Args:
             directory: a local folder with a config.json.
